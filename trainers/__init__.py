@@ -1,0 +1,14 @@
+"""How learned networks come about; the only package that imports pytorch_lightning."""
+
+from shields.registry import Registry
+
+__all__ = ["TRAINERS"]
+
+#: name -> LightningModule; `shields train NAME fit|validate|export`
+TRAINERS: Registry[type] = Registry(
+    "trainer",
+    {
+        "portrait-ae": "trainers.portrait_ae:PortraitAutoencoderTraining",
+        "face-embedder": "trainers.face_embedder:FaceEmbedderTraining",
+    },
+)

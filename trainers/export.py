@@ -1,0 +1,105 @@
+"""Turn a finished run into what ships: half-precision safetensors and a card that says how."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shields.errors import OutputError
+from shields.provenance import hardware, revision
+
+__all__ = ["Recipe", "export"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a card says about how a network came about."""
+
+    name: str
+    role: str
+    architecture: str
+    summary: str
+    licence: str
+    #: where the training photos come from, and how they were split
+    data: str
+    #: the network that was distilled, empty if none
+    teacher: str
+    #: the command that trains it
+    command: str
+    seed: int
+    steps: int
+
+
+def _toml(value: object) -> str:
+    """Write a scalar or a list as TOML; JSON's strings, numbers and lists are TOML's."""
+    if isinstance(value, float):
+        return repr(round(value, 4))
+    return json.dumps(value, ensure_ascii=False)
+
+
+def export(
+    state: dict[str, Tensor],
+    config: dict[str, Any],
+    recipe: Recipe,
+    results: dict[str, float],
+    folder: Path,
+) -> Path:
+    """Write `NAME.safetensors` in half precision and `NAME.toml` beside it.
+
+    Args:
+        state: The network's parameters and buffers.
+        config: Its constructor's arguments.
+        recipe: How it was made.
+        results: What was measured on held-out data, as the trainer logged it.
+        folder: Usually `checkpoints/`.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    weights = folder / f"{recipe.name}.safetensors"
+    half = {
+        name: (value.half() if value.is_floating_point() else value).contiguous().cpu()
+        for name, value in state.items()
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(half, weights)
+    except OSError as error:
+        raise OutputError(f"cannot write {weights}: {error}") from error
+    fields = {
+        "name": recipe.name,
+        "role": recipe.role,
+        "architecture": recipe.architecture,
+        "summary": recipe.summary,
+        "file": weights.name,
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "bytes": weights.stat().st_size,
+        "licence": recipe.licence,
+        "source": "trained by this project",
+    }
+    training = {
+        "data": recipe.data,
+        "teacher": recipe.teacher,
+        "command": recipe.command,
+        "commit": revision(),
+        "seed": recipe.seed,
+        "steps": recipe.steps,
+        "hardware": hardware(),
+    }
+    measured = {name.removeprefix("val_"): value for name, value in results.items()}
+    tables = {"config": config, "training": training, "results": measured}
+    lines = [f"{key} = {_toml(value)}" for key, value in fields.items()]
+    for title, table in tables.items():
+        lines += ["", f"[{title}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
+    card = folder / f"{recipe.name}.toml"
+    card.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return card
