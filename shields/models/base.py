@@ -7,8 +7,7 @@ hidden here. Networks are frozen, but a gradient always reaches the image.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
-
+from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,7 +29,7 @@ class Frozen(nn.Module):
         self.requires_grad_(False)
         super().train(False)
 
-    def train(self, mode: bool = True) -> Frozen:  # noqa: ARG002, FBT001, FBT002  nn.Module's signature
+    def train(self, mode: bool = True) -> Self:
         """Do nothing: the mode belongs to the network, not to a caller."""
         return self
 
@@ -39,7 +38,7 @@ class Autoencoder(Frozen, ABC):
     """Image <-> latent; `encode` and `decode` take any size and pad to what the network needs."""
 
     #: sides of what `decode` returns are multiples of this, pixels
-    multiple: ClassVar[int] = 8
+    multiple: int = 8
 
     @abstractmethod
     def _encode(self, image: Image) -> Tensor:
@@ -140,8 +139,3 @@ def unit_range_to_signed(image: Tensor) -> Tensor:
 def signed_range_to_unit(image: Tensor) -> Tensor:
     """[-1, 1] -> [0, 1]."""
     return (image + 1) / 2
-
-
-def parameters_of(networks: tuple[nn.Module, ...]) -> list[torch.nn.Parameter]:
-    """All parameters of several networks."""
-    return [parameter for network in networks for parameter in network.parameters()]

@@ -1,0 +1,189 @@
+"""Frozen networks that others published, behind small contracts: the tables, and `load`."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
+
+from shields.errors import ConfigError, UnknownName, WeightsError
+from shields.registry import Registry, did_you_mean
+from shields.weights import Card, WeightStore
+
+if TYPE_CHECKING:
+    import torch
+
+    from shields.models.base import Autoencoder, Detector, Frozen, Perceptual, Recognizer
+    from shields.models.diffusion import LatentDiffusion
+
+__all__ = ["AUTOENCODERS", "DETECTORS", "DIFFUSIONS", "PERCEPTUAL", "RECOGNIZERS", "load"]
+
+#: architectures, in the order in which they are listed; an entry has `load(source, card)`
+AUTOENCODERS: Registry[Any] = Registry(
+    "autoencoder architecture",
+    {
+        "portrait-ae": "shields.models.autoencoders:PortraitAutoencoderModel",
+        "taef2": "shields.models.autoencoders:Taef2Model",
+        "diffusers": "shields.models.diffusion:DiffusersAutoencoder",
+    },
+)
+RECOGNIZERS: Registry[Any] = Registry(
+    "recognizer architecture",
+    {
+        "face-embedder": "shields.models.recognizers:FaceEmbedderModel",
+        "mobilefacenet": "shields.models.recognizers:MobileFaceNetModel",
+        "inception-resnet-v1": "shields.models.recognizers:FaceNetModel",
+    },
+)
+PERCEPTUAL: Registry[Any] = Registry(
+    "perceptual architecture",
+    {
+        "lpips-vgg": "shields.models.perceptual:LpipsModel",
+        "lpips-alex": "shields.models.perceptual:LpipsModel",
+        "lpips-squeeze": "shields.models.perceptual:LpipsModel",
+    },
+)
+DIFFUSIONS: Registry[Any] = Registry(
+    "diffusion architecture", {"latent-diffusion": "shields.models.diffusion:LatentDiffusion"}
+)
+#: detectors have no card, their weights come with a package; an entry has `load(device=…)`
+DETECTORS: Registry[Any] = Registry("detector", {"mtcnn": "shields.models.detectors:MtcnnDetector"})
+
+_TABLES: Mapping[str, Registry[Any]] = {
+    "autoencoder": AUTOENCODERS,
+    "recognizer": RECOGNIZERS,
+    "perceptual": PERCEPTUAL,
+    "diffusion": DIFFUSIONS,
+}
+#: role -> architecture of a folder, or of a Hugging Face id, in diffusers' layout
+_FOLDERS = {"autoencoder": "diffusers", "diffusion": "latent-diffusion"}
+_FEATURES = "features:"
+
+
+@overload
+def load(
+    role: Literal["autoencoder"], name: str, *, store: WeightStore, device: torch.device
+) -> Autoencoder: ...
+@overload
+def load(
+    role: Literal["recognizer"], name: str, *, store: WeightStore, device: torch.device
+) -> Recognizer: ...
+@overload
+def load(
+    role: Literal["perceptual"], name: str, *, store: WeightStore, device: torch.device
+) -> Perceptual: ...
+@overload
+def load(
+    role: Literal["diffusion"], name: str, *, store: WeightStore, device: torch.device
+) -> LatentDiffusion: ...
+@overload
+def load(  # type: ignore[overload-overlap]  # a detector is no network of ours: nothing to freeze
+    role: Literal["detector"], name: str, *, store: WeightStore, device: torch.device
+) -> Detector: ...
+@overload
+def load(role: str, name: str, *, store: WeightStore, device: torch.device) -> Frozen: ...
+def load(role: str, name: str, *, store: WeightStore, device: torch.device) -> Frozen | Detector:
+    """Load a network, frozen and in evaluation mode.
+
+    Args:
+        role: "autoencoder", "recognizer", "perceptual", "diffusion" or "detector".
+        name: The name of a card; a weights file or folder; a Hugging Face id; or, for
+            "perceptual", "features:" and the name of an autoencoder or a recognizer.
+        store: Where weights are looked for, and whether they may be fetched.
+        device: Where the network is put.
+
+    Returns:
+        The network behind its contract; `name` says what it is, for reports.
+
+    Raises:
+        UnknownName: Neither card nor path nor id; or there is no such role.
+        ConfigError: The card describes a network of another role.
+        WeightsError: The weights are absent, damaged or do not fit.
+    """
+    if role == "detector":
+        return cast("Detector", DETECTORS[name].load(device=device))
+    if role not in _TABLES:
+        raise UnknownName(
+            f"no role is called {role!r}; {did_you_mean(role, [*_TABLES, 'detector'])}"
+        )
+    if role == "perceptual" and name.startswith(_FEATURES):
+        return _deep_features(name.removeprefix(_FEATURES), store, device)
+    card, source = _resolve(role, name, store)
+    network: Frozen = _TABLES[role][card.architecture].load(source or store.find(card), card)
+    network.name = card.name
+    return network.to(device)
+
+
+def _deep_features(name: str, store: WeightStore, device: torch.device) -> Frozen:
+    from shields.models.perceptual import DeepFeatures
+
+    known = name in store.names()
+    role = store.card(name).role if known else "autoencoder"
+    if role not in {"autoencoder", "recognizer"}:
+        raise ConfigError(f"{_FEATURES}{name}: needs an autoencoder or a recognizer, not a {role}")
+    return DeepFeatures(load(role, name, store=store, device=device))
+
+
+def _resolve(role: str, name: str, store: WeightStore) -> tuple[Card, Path | None]:
+    """Return the card, read or made up, and the source where a path names it."""
+    if name in store.names():
+        card = store.card(name)
+        if card.role != role:
+            hint = did_you_mean(name, _names(role, store))
+            raise ConfigError(f"{name!r} has role {card.role!r}, needed is {role!r}; {hint}")
+        return card, None
+    path = Path(name).expanduser().absolute()
+    if name and path.exists():
+        return _from_path(role, path, store)
+    looks_like_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+    if looks_like_id and role in _FOLDERS and path.suffix not in {".safetensors", ".pth", ".pt"}:
+        return Card(name=name, role=role, architecture=_FOLDERS[role], repository=name), None
+    if "/" in name or path.suffix in {".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".toml"}:
+        raise WeightsError(
+            f"there is no file or folder {name}; give a card's name instead "
+            f"({', '.join(_names(role, store)) or 'none is known'}), or put the weights there"
+        )
+    raise UnknownName(f"no {role} is called {name!r}; {did_you_mean(name, _names(role, store))}")
+
+
+def _names(role: str, store: WeightStore) -> list[str]:
+    names = []
+    for name in store.names():
+        # A hint must not fail because of a damaged card that nobody asked for.
+        with contextlib.suppress(WeightsError):
+            if store.card(name).role == role:
+                names.append(name)
+    return names
+
+
+def _from_path(role: str, path: Path, store: WeightStore) -> tuple[Card, Path]:
+    beside = path.with_suffix(".toml")
+    if path.suffix == ".toml" or (path.is_file() and beside.is_file()):
+        card = Card.read(beside)
+        if card.role != role:
+            raise ConfigError(f"{beside} describes role {card.role!r}, needed is {role!r}")
+        near = WeightStore(path.parent, download=store.download)
+        return card, near.find(card)
+    for name in _names(role, store):
+        card = store.card(name)
+        if path.is_file() and card.file == path.name:
+            return card, WeightStore(path.parent).find(card)
+    architecture = _FOLDERS.get(role, "") if path.is_dir() else ""
+    if role == "autoencoder" and not (path / "config.json").exists() and _is_pair(path):
+        architecture = "taef2"
+    if not architecture:
+        raise WeightsError(
+            f"{path}: which network is it? Write a card {beside.name} beside it with `name`, "
+            f"`role`, `architecture` (one of {', '.join(_TABLES[role])}) and `file`"
+        )
+    made_up = Card(name=path.name, role=role, architecture=architecture, file=path.name)
+    return replace(made_up, summary=f"loaded from {path}"), path
+
+
+def _is_pair(path: Path) -> bool:
+    """Whether a path leads to the two published state dicts of taef2."""
+    names = [found.name for found in path.iterdir()] if path.is_dir() else [path.name]
+    return any("taef2" in name and ("encoder" in name or "decoder" in name) for name in names)

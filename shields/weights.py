@@ -1,0 +1,396 @@
+"""Card -> verified local file -> state dict.
+
+A card is a TOML file that describes one weights file: what it is, where it comes from, under which
+licence, what was measured. Weights are never loaded from anything that could run code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.error import URLError
+
+import torch
+from platformdirs import user_cache_dir
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from shields.errors import UnknownName, WeightsError
+from shields.registry import did_you_mean
+
+__all__ = ["ROLES", "Card", "WeightStore", "build", "digest", "load_strictly", "read_state_dict"]
+
+Network = TypeVar("Network", bound=nn.Module)
+
+ROLES = ("autoencoder", "recognizer", "perceptual", "diffusion", "detector", "generator",
+         "manipulator", "editor", "purifier")  # fmt: skip
+
+#: what a folder in diffusers' layout consists of, per role; nothing else is ever fetched
+_AUTOENCODER_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+_FOLDER_FILES = {
+    "autoencoder": _AUTOENCODER_FILES + tuple(f"vae/{name}" for name in _AUTOENCODER_FILES),
+    "diffusion": (
+        "model_index.json", "scheduler/*.json", "tokenizer/*", "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        *(f"{part}/{name}" for part in ("unet", "vae") for name in _AUTOENCODER_FILES),
+    ),
+}  # fmt: skip
+
+#: (path, modification time, size) -> digest of files that were read already
+_DIGESTS: dict[tuple[str, int, int], str] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What is known about one weights file or folder."""
+
+    name: str
+    #: what it is used as, one of `ROLES`
+    role: str
+    #: entry of the registry of its role
+    architecture: str
+    summary: str = ""
+    #: keywords of the network's constructor
+    config: Mapping[str, Any] = field(default_factory=dict)
+    #: name of the weights file in any of the places; empty for a folder in diffusers' layout
+    file: str = ""
+    #: of the file; eight digits or more where its publisher gives no more
+    sha256: str = ""
+    bytes: int = 0
+    #: Hugging Face id, with the revision and the folder inside
+    repository: str = ""
+    revision: str = ""
+    subfolder: str = ""
+    #: address of the file, where it is not in a repository
+    url: str = ""
+    licence: str = ""
+    #: who made it, with a link
+    source: str = ""
+    #: what it was trained on, and what that data's terms ask
+    data: str = ""
+    remarks: str = ""
+    #: how it was trained: commit, command, seed, hardware, …
+    training: Mapping[str, Any] = field(default_factory=dict)
+    #: what was measured; a recognizer's `threshold` is its cosine threshold
+    results: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for problem in self._problems():
+            raise WeightsError(f"card {self.name!r}: {problem}")
+
+    def _problems(self) -> list[str]:
+        problems = []
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            wanted: type = {"str": str, "int": int}.get(str(item.type), Mapping)
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                problems.append(f"`{item.name}` must be a {wanted.__name__}, got {value!r}")
+        if problems:
+            return problems
+        if not (self.name and self.architecture):
+            problems.append("`name` and `architecture` must not be empty")
+        if self.role not in ROLES:
+            problems.append(f"no role is called {self.role!r}; {did_you_mean(self.role, ROLES)}")
+        if self.file != Path(self.file).name:
+            problems.append(f"`file` must be a bare name, got {self.file!r}")
+        if self.sha256 and not re.fullmatch("[0-9a-f]{8,64}", self.sha256):
+            problems.append(f"`sha256` must be 8 to 64 lower-case hex digits, got {self.sha256!r}")
+        if self.url and self.repository:
+            problems.append("`url` and `repository` exclude each other")
+        if self.url and not self.url.startswith("https://"):
+            problems.append(f"`url` must begin with https://, got {self.url!r}")
+        if not (self.file or self.repository):
+            problems.append("a `file`, or the `repository` of a folder, must be given")
+        if (self.sha256 or self.bytes or self.url) and not self.file:
+            problems.append("`sha256`, `bytes` and `url` belong to a `file`, and none is given")
+        if (self.revision or self.subfolder) and not self.repository:
+            problems.append("`revision` and `subfolder` belong to a `repository`")
+        return problems
+
+    @classmethod
+    def read(cls, path: Path) -> Card:
+        """Read a TOML card.
+
+        Raises:
+            WeightsError: It cannot be read, has an unknown key, or contradicts itself.
+        """
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise WeightsError(f"card {path} cannot be read: {error}") from error
+        known = [item.name for item in dataclasses.fields(cls)]
+        for key in table:
+            if key not in known:
+                raise WeightsError(f"card {path}: unknown key {key!r}; {did_you_mean(key, known)}")
+        absent = [key for key in ("name", "role", "architecture") if key not in table]
+        if absent:
+            raise WeightsError(f"card {path} lacks {', '.join(absent)}")
+        if table["name"] != path.stem:
+            raise WeightsError(f"card {path} calls itself {table['name']!r}; it must be its name")
+        return cls(**table)
+
+    @property
+    def address(self) -> str:
+        """Where the weights can be had, for people; empty where they cannot."""
+        if self.url:
+            return self.url
+        parts = (self.repository, "resolve", self.revision or "main", self.subfolder, self.file)
+        inside = "/".join(part for part in parts if part) if self.file else self.repository
+        return f"https://huggingface.co/{inside}" if self.repository else ""
+
+
+class WeightStore:
+    """Finds cards and weights.
+
+    Args:
+        folder: Where to look first; may hold further cards.
+        download: Whether `find` may fetch what is nowhere on this machine.
+    """
+
+    def __init__(self, folder: Path | None = None, *, download: bool = False) -> None:
+        self.folder = folder
+        self.download = download
+
+    def places(self) -> list[Path]:
+        """The folders that are searched, in order, whether they exist or not."""
+        package = Path(__file__).parent
+        shipped = package / "_checkpoints"
+        if not shipped.is_dir():
+            shipped = package.parent / "checkpoints"
+        variable = os.environ.get("SHIELDS_CHECKPOINTS")
+        asked = [self.folder, Path(variable) if variable else None]
+        return [place for place in asked if place is not None] + [shipped, self.cache()]
+
+    @staticmethod
+    def cache() -> Path:
+        """The user's cache, where `pull` puts files."""
+        return Path(user_cache_dir("shields"))
+
+    def _cards(self) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for place in self.places():
+            for path in sorted(place.glob("*.toml")):
+                found.setdefault(path.stem, path)
+        return found
+
+    def names(self) -> list[str]:
+        """Names of all cards, sorted."""
+        return sorted(self._cards())
+
+    def card(self, name: str) -> Card:
+        """Read the card of that name; the first place that has one wins."""
+        cards = self._cards()
+        if name not in cards:
+            raise UnknownName(f"no card is called {name!r}; {did_you_mean(name, cards)}")
+        return Card.read(cards[name])
+
+    def find(self, card: Card) -> Path:
+        """Return the weights file, its digest checked, or the folder in diffusers' layout.
+
+        Raises:
+            WeightsError: It is nowhere, and says which places were tried; or it is damaged.
+        """
+        tried = []
+        for place in self._candidates(card):
+            if place.is_file() if card.file else any(place.glob("*.json")):
+                _check_digest(card, place)
+                return place
+            tried.append(str(place))
+        if not card.file:
+            snapshot = self._snapshot(card, local=True)
+            if snapshot is not None:
+                return snapshot
+            tried.append("the cache of Hugging Face")
+        if self.download:
+            return self.pull(card)
+        get = "it has no address to fetch it from"
+        if card.name == card.repository:  # made up for an id that was typed
+            get = f"is the name right? `hf download {card.name}` fetches it"
+        elif card.address:
+            get = f"`shields models pull {card.name}` fetches it"
+        raise WeightsError(
+            f"the weights of {card.name!r} are not on this machine; tried: {', '.join(tried)}; "
+            f"{get}"
+        )
+
+    def _candidates(self, card: Card) -> list[Path]:
+        places = self.places()
+        if not card.file:
+            return [place / card.name for place in places]
+        # torchvision and facenet-pytorch keep what they fetched there, under the same names.
+        hub = [Path(torch.hub.get_dir()) / "checkpoints"] if card.url else []
+        return [place / card.file for place in places + hub]
+
+    def state_dict(self, card: Card) -> dict[str, Tensor]:
+        """Find the weights file and read it."""
+        return read_state_dict(self.find(card))
+
+    def verify(self, card: Card) -> Path:
+        """Check that the weights are there and whole: digest, size, every number finite."""
+        source = self.find(card)
+        files = [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
+        if not files:
+            raise WeightsError(f"{source} holds no weights")
+        if card.bytes and source.is_file() and source.stat().st_size != card.bytes:
+            raise WeightsError(
+                f"{source} has {source.stat().st_size} bytes, its card says {card.bytes}"
+            )
+        for path in files:
+            read_state_dict(path)
+        return source
+
+    def pull(self, card: Card) -> Path:
+        """Fetch the weights: a file into `cache()`, a folder into Hugging Face's own cache.
+
+        Raises:
+            WeightsError: There is no address, or the transfer failed; nothing half-written stays.
+        """
+        if not card.address:
+            raise WeightsError(f"{card.name!r} has no address to fetch it from: {card.source}")
+        try:
+            if not card.file:
+                snapshot = self._snapshot(card, local=False)
+                assert snapshot is not None, "only a local look-up comes back empty"
+                return snapshot
+            target = self.cache() / card.file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Writes aside and moves into place when the digest is right.
+            torch.hub.download_url_to_file(
+                card.address, str(target), hash_prefix=card.sha256 or None, progress=False
+            )
+        except (URLError, OSError, RuntimeError, ValueError) as error:
+            by_hand = self.cache() / (card.file or card.name)
+            raise WeightsError(
+                f"{card.name!r} could not be fetched from {card.address} ({error}); "
+                f"by hand: put it at {by_hand}"
+            ) from error
+        return target
+
+    def _snapshot(self, card: Card, *, local: bool) -> Path | None:
+        """The folder of a Hugging Face repository; None where `local` and not fetched yet."""
+        from huggingface_hub import snapshot_download
+
+        inside = f"{card.subfolder}/" if card.subfolder else ""
+        patterns = [inside + name for name in _FOLDER_FILES.get(card.role, _AUTOENCODER_FILES)]
+        try:
+            folder = snapshot_download(
+                card.repository,
+                revision=card.revision or None,
+                allow_patterns=patterns,
+                local_files_only=local,
+            )
+        # Of its own, of the HTTP client beneath, of the disk: the types are many and change.
+        except Exception as error:
+            if local:
+                return None
+            raise OSError(str(error).partition("\n")[0]) from error
+        source = Path(folder) / card.subfolder
+        whole = any(source.glob("**/*.safetensors")) or any(source.glob("**/*.bin"))
+        return source if whole or not local else None
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file; a file that did not change is read once a process."""
+    status = path.stat()
+    key = (str(path.resolve()), status.st_mtime_ns, status.st_size)
+    if key not in _DIGESTS:
+        with path.open("rb") as stream:
+            _DIGESTS[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return _DIGESTS[key]
+
+
+def _check_digest(card: Card, path: Path) -> None:
+    if not (card.sha256 and path.is_file()):
+        return
+    try:
+        found = digest(path)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from error
+    if not found.startswith(card.sha256):
+        raise WeightsError(
+            f"{path} is not the file that card {card.name!r} describes: sha256 {found}, expected "
+            f"{card.sha256}; delete it, or write a card of another name for it"
+        )
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a state dict in float32 on the CPU, from safetensors or a pickle of tensors alone.
+
+    A `state_dict` inside is unwrapped; a `module.` before **every** key is dropped.
+
+    Raises:
+        WeightsError: The file is damaged, holds anything but tensors, or a value is not finite.
+    """
+    # torch and safetensors each raise many types on a damaged file; none may get through.
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, Exception) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise WeightsError(
+            f"{path} is damaged, or holds more than tensors and is not opened ({reason}); save its "
+            "state dict as safetensors"
+        ) from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content:
+        raise WeightsError(f"{path} holds no state dict but a {type(content).__name__}")
+    if all(str(key).startswith("module.") for key in content):
+        content = {str(key).removeprefix("module."): value for key, value in content.items()}
+    return {str(key): _checked(value, str(key), path) for key, value in content.items()}
+
+
+def _checked(value: object, key: str, path: Path) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise WeightsError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor")
+    if not value.is_floating_point():
+        return value
+    if not bool(torch.isfinite(value).all()):
+        raise WeightsError(f"{path}: {key!r} holds values that are not finite")
+    return value.float()
+
+
+def build(network: type[Network], card: Card) -> Network:
+    """Construct a network from its card's `[config]`, leaving global random state alone."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return network(**card.config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WeightsError(
+            f"card {card.name!r}: {network.__name__} cannot be built from its [config]: {error}"
+        ) from error
+
+
+def load_strictly(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Fill a network; every key must be there, none may be left over, all shapes must agree."""
+    own = network.state_dict()
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    faults = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": shapes,
+    }
+    said = [
+        f"{len(keys)} {what} ({', '.join(keys[:4])}{', …' if len(keys) > 4 else ''})"
+        for what, keys in faults.items()
+        if keys
+    ]
+    if said:
+        raise WeightsError(
+            f"the weights of {name!r} do not fit {type(network).__name__}: {'; '.join(said)}"
+        )
+    network.load_state_dict(dict(state), strict=True)
