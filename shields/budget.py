@@ -19,7 +19,8 @@ Norm = Literal["linf", "l2", "none"]
 
 def per_sample_norm(tensor: Tensor) -> Tensor:
     """Euclidean length of every sample, shaped (B, 1, 1, 1)."""
-    return tensor.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    length: Tensor = torch.linalg.vector_norm(tensor.flatten(1), dim=1)
+    return length.view(-1, 1, 1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

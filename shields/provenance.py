@@ -29,7 +29,7 @@ def hardware() -> str:
 def revision() -> str:
     """Short commit of the checkout, "+" behind it where files differ; "unknown" outside of one."""
     try:
-        commit = subprocess.run(  # noqa: S603  a fixed command
+        commit = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=10"],  # noqa: S607  git as installed
             cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
         )  # fmt: skip

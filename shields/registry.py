@@ -51,7 +51,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
             entry = self._entries[name] = self._import(name, entry)
         return entry
 
-    def _import(self, name: str, address: str) -> Any:  # noqa: ANN401  an entry is whatever stands there
+    def _import(self, name: str, address: str) -> Any:  # noqa: ANN401  what stands there
         module, _, attribute = address.partition(":")
         try:
             return getattr(import_module(module), attribute)

@@ -65,7 +65,9 @@ def teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         autoencoder = PortraitAutoencoder(fine=8, coarse=8, blocks=1)
         embedder = FaceEmbedder(widths=(4, 4, 4, 4), blocks=(1, 1, 1, 1))
     cards = {
-        "ae-teacher": ("autoencoder", "portrait-ae", autoencoder, "fine = 8\ncoarse = 8\nblocks = 1"),
+        "ae-teacher": (
+            "autoencoder", "portrait-ae", autoencoder, "fine = 8\ncoarse = 8\nblocks = 1",
+        ),
         "id-teacher": (
             "recognizer", "face-embedder", embedder, "widths = [4, 4, 4, 4]\nblocks = [1, 1, 1, 1]",
         ),
@@ -107,7 +109,12 @@ def small(kind: str, **settings: object) -> pl.LightningModule:
             fine=8, coarse=8, blocks=1, teacher="ae-teacher", crop=32, warmup=1, **settings
         )
     return FaceEmbedderTraining(
-        widths=(4, 4, 4, 4), blocks=(1, 1, 1, 1), teacher="id-teacher", warmup=1, pairs=4, **settings
+        widths=(4, 4, 4, 4),
+        blocks=(1, 1, 1, 1),
+        teacher="id-teacher",
+        warmup=1,
+        pairs=4,
+        **settings,
     )
 
 
@@ -188,7 +195,9 @@ class TestData:
     def test_crop_is_part_of_the_face_or_its_mirror(self) -> None:
         face = torch.rand(6, 3, 16, 16)
         crop = random_crop(face, 16, torch.Generator().manual_seed(1))
-        same = [bool((a == b).all() or (a == b.flip(-1)).all()) for a, b in zip(crop, face, strict=True)]
+        same = [
+            bool((a == b).all() or (a == b.flip(-1)).all()) for a, b in zip(crop, face, strict=True)
+        ]
         assert all(same)
         assert not torch.equal(crop, face)
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from shields.errors import ImageError
 from shields.faces import similarity
@@ -115,7 +115,7 @@ class FacePacks(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Batches of the training people."""
         sets = [FacePack(path, validation=False, share=self.share) for path in self.packs]
-        joined = torch.utils.data.ConcatDataset(sets)
+        joined: ConcatDataset[dict[str, Tensor]] = ConcatDataset(sets)
         sizes = [len(part) for part in sets]
         sampler = _Mixture(
             sizes, self.weights, self.batch, self.batches, self.seed, self._batches_done

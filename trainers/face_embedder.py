@@ -19,11 +19,13 @@ from typing import ClassVar
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional
 
 from shields.faces import warp
 from shields.models import load
+from shields.models.base import Recognizer
 from shields.models.networks import FaceEmbedder
 from shields.weights import WeightStore
 from trainers.data import augment, jittered_alignment
@@ -119,12 +121,15 @@ class FaceEmbedderTraining(pl.LightningModule):
         self.save_hyperparameters()
         self.network = FaceEmbedder(widths=widths, blocks=blocks)
         self.network = self.network.to(memory_format=torch.channels_last)
+        self.relation_weight, self.rate, self.warmup = relation_weight, rate, warmup
+        self.decay, self.pairs, self.seed = decay, pairs, seed
+        cpu = torch.device("cpu")
         # A list hides the teacher from checkpoints and from the optimizer.
-        self._teacher = [load("recognizer", teacher, store=WeightStore(), device=torch.device("cpu"))]
+        self._teacher = [load("recognizer", teacher, store=WeightStore(), device=cpu)]
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @property
-    def teacher(self) -> torch.nn.Module:
+    def teacher(self) -> Recognizer:
         """The frozen teacher, on this module's device."""
         return self._teacher[0].to(self.device)
 
@@ -136,7 +141,7 @@ class FaceEmbedderTraining(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         """Match the teacher on freshly augmented faces."""
-        rng = torch.Generator().manual_seed(self.hparams.seed + self.global_step)
+        rng = torch.Generator().manual_seed(self.seed + self.global_step)
         matrix = jittered_alignment(batch["landmarks"].cpu(), self.teacher.template.cpu(), rng)
         face = warp(batch["face"].float() / 255, matrix.to(self.device), self.teacher.crop_size)
         face = augment(face, rng)
@@ -145,7 +150,7 @@ class FaceEmbedderTraining(pl.LightningModule):
         given = self.embed(face)
         cosine = (given * wanted).sum(dim=1).mean()
         relation = (given @ given.T - wanted @ wanted.T).square().mean()
-        loss = 1 - cosine + self.hparams.relation_weight * relation
+        loss: Tensor = 1 - cosine + self.relation_weight * relation
         self.log("cosine", cosine, prog_bar=True)
         self.log("relation", relation)
         return loss
@@ -160,10 +165,11 @@ class FaceEmbedderTraining(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Verification accuracy of student and teacher on the same pairs of held-out people."""
-        student, teacher, identity = (torch.cat(part).cpu() for part in zip(*self._held, strict=True))
+        parts = zip(*self._held, strict=True)
+        student, teacher, identity = (torch.cat(part).cpu() for part in parts)
         self._held.clear()
         rng = torch.Generator().manual_seed(0)
-        rows, same = verification_pairs(identity, self.hparams.pairs, rng)
+        rows, same = verification_pairs(identity, self.pairs, rng)
         values = {"val_cosine": float((student * teacher).sum(dim=1).mean())}
         for name, embedding in (("", student), ("_teacher", teacher)):
             similarity = (embedding[rows[:, 0]] * embedding[rows[:, 1]]).sum(dim=1)
@@ -171,14 +177,16 @@ class FaceEmbedderTraining(pl.LightningModule):
             values |= {f"val_accuracy{name}": accuracy, f"val_threshold{name}": threshold}
         self.log_dict(values, prog_bar=True)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, linear warm-up, cosine to zero over the trainer's steps."""
         optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=self.hparams.rate, weight_decay=self.hparams.decay
+            self.network.parameters(), lr=self.rate, weight_decay=self.decay
         )
-        return with_cosine(optimizer, self.hparams.warmup, self.trainer.estimated_stepping_batches)
+        return with_cosine(optimizer, self.warmup, self.trainer.estimated_stepping_batches)
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """State dict and constructor arguments of the network that is shipped."""
-        settings = {name: list(self.hparams[name]) for name in ("widths", "blocks")}
+        settings: dict[str, object] = {
+            name: list(self.hparams[name]) for name in ("widths", "blocks")
+        }
         return self.network.state_dict(), settings

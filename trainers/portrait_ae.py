@@ -15,10 +15,12 @@ from typing import ClassVar
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional
 
 from shields.models import load
+from shields.models.base import Autoencoder
 from shields.models.networks import PortraitAutoencoder
 from shields.weights import WeightStore
 from trainers.data import random_crop
@@ -55,7 +57,7 @@ class PortraitAutoencoderTraining(pl.LightningModule):
         "summary": "Embedded autoencoder for portraits; latents distilled from taef2 (FLUX.2).",
         "licence": "Apache-2.0; trained on LFW (research use) and public-domain portraits",
         "data": "436 portraits of members of the US Congress and 11,684 LFW faces; a tenth of the "
-        "people, chosen by a hash of the name, is held out; results on held-out portraits at 256x256",
+        "people, chosen by a hash of the name, is held out; results on held-out portraits at 256",
         "teacher": "taef2 (madebyollin/taesd, MIT)",
     }
 
@@ -78,19 +80,22 @@ class PortraitAutoencoderTraining(pl.LightningModule):
         self.network = PortraitAutoencoder(fine=fine, coarse=coarse, blocks=blocks)
         self.network = self.network.to(memory_format=torch.channels_last)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
+        self.crop, self.rate, self.warmup = crop, rate, warmup
+        self.latent_weight, self.teacher_weight = latent_weight, teacher_weight
+        self.average, self.seed = average, seed
+        cpu = torch.device("cpu")
         # A list hides the teacher from checkpoints and from the optimizer.
-        self._teacher = [load("autoencoder", teacher, store=WeightStore(), device=torch.device("cpu"))]
+        self._teacher = [load("autoencoder", teacher, store=WeightStore(), device=cpu)]
 
     @property
-    def teacher(self) -> torch.nn.Module:
+    def teacher(self) -> Autoencoder:
         """The frozen teacher, on this module's device."""
         return self._teacher[0].to(self.device)
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         """Match the picture from both latents, and the teacher's latent."""
-        settings = self.hparams
-        rng = torch.Generator().manual_seed(settings.seed + self.global_step)
-        face = random_crop(batch["face"], settings.crop, rng).float() / 255
+        rng = torch.Generator().manual_seed(self.seed + self.global_step)
+        face = random_crop(batch["face"], self.crop, rng).float() / 255
         face = face.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             wanted = self.teacher.encode(face).float()
@@ -99,10 +104,10 @@ class PortraitAutoencoderTraining(pl.LightningModule):
         own, theirs = decoded.chunk(2)
         scale = wanted.var(dim=(0, 2, 3), keepdim=True).clamp_min(1e-4)
         latent_error = ((latent - wanted).square() / scale).mean()
-        loss = (
+        loss: Tensor = (
             functional.l1_loss(own, face)
-            + settings.teacher_weight * functional.l1_loss(theirs, face)
-            + settings.latent_weight * latent_error
+            + self.teacher_weight * functional.l1_loss(theirs, face)
+            + self.latent_weight * latent_error
         )
         self.log("latent_error", latent_error, prog_bar=True)
         self.log("psnr", psnr(own.detach(), face).mean(), prog_bar=True)
@@ -111,7 +116,7 @@ class PortraitAutoencoderTraining(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         """Move the averaged weights; early on they follow faster."""
-        decay = min(self.hparams.average, (1 + self.global_step) / (10 + self.global_step))
+        decay = min(self.average, (1 + self.global_step) / (10 + self.global_step))
         with torch.no_grad():
             for mean, value in zip(
                 self.averaged.parameters(), self.network.parameters(), strict=True
@@ -130,10 +135,10 @@ class PortraitAutoencoderTraining(pl.LightningModule):
         values = {"val_psnr": error, "val_psnr_teacher_decoder": cross, "val_latent_r2": explained}
         self.log_dict(values, prog_bar=True, batch_size=len(face))
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam, linear warm-up, cosine to zero over the trainer's steps."""
-        optimizer = torch.optim.Adam(self.network.parameters(), lr=self.hparams.rate)
-        return with_cosine(optimizer, self.hparams.warmup, self.trainer.estimated_stepping_batches)
+        optimizer = torch.optim.Adam(self.network.parameters(), lr=self.rate)
+        return with_cosine(optimizer, self.warmup, self.trainer.estimated_stepping_batches)
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """State dict and constructor arguments of the network that is shipped."""
@@ -143,7 +148,7 @@ class PortraitAutoencoderTraining(pl.LightningModule):
 
 def with_cosine(
     optimizer: torch.optim.Optimizer, warmup: int, steps: float
-) -> dict[str, object]:
+) -> OptimizerLRSchedulerConfig:
     """Attach a linear warm-up and a cosine to zero, counted in steps."""
 
     def factor(step: int) -> float:
@@ -153,4 +158,6 @@ def with_cosine(
         return 0.5 * (1 + float(torch.cos(torch.tensor(share * torch.pi))))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    return OptimizerLRSchedulerConfig(
+        optimizer=optimizer, lr_scheduler={"scheduler": schedule, "interval": "step"}
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import Self
-import torch
+
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -112,7 +112,7 @@ class DiffusersAutoencoder(Autoencoder):
             if isinstance(network, AutoencoderTiny)
             else network.config.block_out_channels
         )
-        self.multiple = 2 ** (len(widths) - 1)  # type: ignore[misc]  # known only from the file
+        self.multiple = 2 ** (len(widths) - 1)
         #: what a denoiser multiplies latents by
         self.scaling = float(getattr(network.config, "scaling_factor", 1.0))
         self.freeze()

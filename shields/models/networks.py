@@ -104,9 +104,7 @@ class _ConvBlock(nn.Module):
         linear: bool = False,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
-            inputs, outputs, kernel, stride, padding, groups=groups, bias=False
-        )
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(outputs)
         self.prelu = None if linear else nn.PReLU(outputs)
 
@@ -157,6 +155,7 @@ class MobileFaceNet(nn.Module):
         self.linear1 = _ConvBlock(512, 128, 1, linear=True)
 
     def forward(self, face: Tensor) -> Tensor:
+        """Embed aligned faces; not normalised."""
         features = self.conv2(self.blocks(self.dw_conv1(self.conv1(face))))
         return self.linear1(self.linear7(features)).flatten(1)
 

@@ -1,0 +1,1 @@
+"""What is left of a protection once the world has handled the photo."""
