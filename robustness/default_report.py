@@ -254,7 +254,7 @@ def render(report: Mapping[str, object]) -> str:
     lines += [
         "",
         "Mean cosine between the clean face and the face after handling and the autoencoder's "
-        f"round trip, n = {first['n']} photos; lower is better protected. Unprotected photos: {base}. "
+        f"round trip, n = {first['n']} photos; lower is better. Unprotected photos: {base}. "
         f"Made by `{report['command']}` (commit {report['commit']}, seed 0, {report['hardware']}); "
         f"rows, intervals and every photo's value in `robustness/results/default.json`.",
     ]

@@ -61,7 +61,7 @@ class TinyAutoencoder(Autoencoder):
 
     def __init__(self, channels: int, factor: int) -> None:
         super().__init__()
-        self.multiple = factor  # type: ignore[misc]  # the contract's default is the class's
+        self.multiple = factor
         self.channels = channels
         down: list[nn.Module] = [nn.Conv2d(3, 8, 3, padding=1)]
         up: list[nn.Module] = [nn.Conv2d(channels, 8, 3, padding=1)]
