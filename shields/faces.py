@@ -193,7 +193,8 @@ def place(face: Face | None, photo: Photo, *, margin: float = 2.0, size: int = 2
         photo: The photo.
         margin: Side of the square, in longer sides of the face's box.
         size: Longer side of the working image, pixels. The aspect is kept up to multiples of 8; no
-            side is enlarged, except to 64 pixels.
+            side is enlarged, except to 64 pixels. A rectangle that is not larger than this is
+            widened to blocks of 8 and taken as it is.
 
     Raises:
         ConfigError: A margin or size that makes no sense.
@@ -216,9 +217,21 @@ def place(face: Face | None, photo: Photo, *, margin: float = 2.0, size: int = 2
             f"the face {face and face.box} lies outside the photo of {photo.width}x{photo.height}; "
             "was it found in another photo?"
         )
+    if face is not None and max(width, height) <= size and min(width, height) >= _LEAST_SIDE:
+        # No resampling then: whole blocks of 8, on the grid that codecs and autoencoders start from
+        # the photo's corner.
+        left, right = _blocks(left, right, photo.width)
+        top, bottom = _blocks(top, bottom, photo.height)
+        width, height = right - left, bottom - top
     scale = min(1.0, size / max(width, height))
     working = (_working_side(height, scale), _working_side(width, scale))
     return Placement(left, top, width, height, size=working)
+
+
+def _blocks(low: int, high: int, end: int) -> tuple[int, int]:
+    """Widen [low, high) to multiples of 8, as far as whole ones lie before `end`."""
+    outer = math.ceil(high / _MULTIPLE) * _MULTIPLE
+    return low // _MULTIPLE * _MULTIPLE, min(outer, end // _MULTIPLE * _MULTIPLE)
 
 
 def _working_side(side: int, scale: float) -> int:

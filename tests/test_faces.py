@@ -198,10 +198,15 @@ def test_autocast_does_not_blur_coordinates() -> None:
 # --- place, crop, paste ---------------------------------------------------------------------------
 
 
-def test_a_face_in_the_middle_gets_a_square_twice_its_size() -> None:
+def test_a_face_in_the_middle_gets_a_square_twice_its_size_in_whole_blocks() -> None:
     placement = place(_face(400, 300, 500, 420), _photo(800, 900))
-    assert placement == Placement(330, 240, 240, 240, size=(240, 240))
+    assert placement == Placement(328, 240, 248, 240, size=(240, 248))
     assert all(type(value) is int for value in (placement.left, *placement.size))
+
+
+def test_a_small_rectangle_ends_at_the_last_whole_block_of_the_photo() -> None:
+    placement = place(_face(180, 100, 240, 160), _photo(250, 251))
+    assert placement == Placement(144, 64, 104, 128, size=(128, 104))
 
 
 def test_margin_and_size_are_obeyed() -> None:

@@ -1,0 +1,472 @@
+"""The command line from end to end, on tiny networks that are found through real cards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from skimage import data
+from torch import nn
+from typer.testing import CliRunner
+
+from shields import cli, models
+from shields.batch import MANIFEST, find_record
+from shields.cli import app
+from shields.errors import ShieldsError
+from shields.models.base import Frozen
+from shields.photo import read
+from shields.protectors import PROTECTORS
+from shields.weights import Card, WeightStore
+from tests import tiny
+from tests.test_batch import picture
+from tests.test_shield import Push
+
+ROOT = Path(__file__).parents[1]
+QUICK = ("--steps", "2", "--device", "cpu")
+
+
+class Loader:
+    """An architecture's entry: fills a stand-in from its weights file."""
+
+    def __init__(self, build: Any) -> None:
+        self.build = build
+
+    def load(self, source: Path, card: Card) -> Frozen:
+        network: Frozen = self.build(1)
+        network.load_state_dict(load_file(source))
+        return network
+
+
+def card(folder: Path, name: str, role: str, network: nn.Module) -> None:
+    """Write a network's weights and the card that describes them."""
+    save_file(network.state_dict(), folder / f"{name}.safetensors")
+    digest = hashlib.sha256((folder / f"{name}.safetensors").read_bytes()).hexdigest()
+    (folder / f"{name}.toml").write_text(
+        f'name = "{name}"\nrole = "{role}"\narchitecture = "tiny"\nsummary = "a stand-in"\n'
+        f'file = "{name}.safetensors"\nsha256 = "{digest}"\nlicence = "Apache-2.0"\n'
+    )
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Any:
+    """A folder with an autoencoder `small-ae` and a recognizer `small-face`."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    card(folder, "small-ae", "autoencoder", tiny.autoencoder(1))
+    card(folder, "small-face", "recognizer", tiny.recognizer(1))
+    models.AUTOENCODERS.add("tiny", Loader(tiny.autoencoder))
+    models.RECOGNIZERS.add("tiny", Loader(tiny.recognizer))
+    yield folder
+    models.AUTOENCODERS.remove("tiny")
+    models.RECOGNIZERS.remove("tiny")
+
+
+@pytest.fixture
+def pushing() -> Any:
+    """A method without networks, `push`."""
+    PROTECTORS.add("push", Push)
+    yield "push"
+    PROTECTORS.remove("push")
+
+
+@pytest.fixture
+def astronaut(tmp_path: Path) -> Path:
+    """A real portrait, public domain (NASA), 512 x 512."""
+    path = tmp_path / "photos" / "astronaut.png"
+    path.parent.mkdir()
+    Image.fromarray(data.astronaut()).save(path)
+    return path
+
+
+def shields(*arguments: str | Path) -> Any:
+    """Run the command in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def tiny_networks(weights: Path) -> list[str]:
+    names = ["--weights-dir", str(weights), "--autoencoder", "small-ae"]
+    return [*names, "--recognizer", "small-face"]
+
+
+# -- the story
+
+
+def test_a_real_portrait_is_protected_and_verified(astronaut: Path, weights: Path) -> None:
+    folder = astronaut.parent
+    options = [*tiny_networks(weights), "--steps", "4", "--device", "cpu", "--seed", "3"]
+    extra = ["--sheet", folder / "look.png", "--report", folder / "report.json"]
+    done = shields("protect", astronaut, "--region", "face", *options, *extra, "--json")
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["summary"]["protected"] == 1
+    assert document == json.loads((folder / "report.json").read_text())
+    (photo,) = document["photos"]
+    (region,) = photo["regions"]
+    left, top, right, bottom = region["face"]["box"]
+    assert left < 225 < right
+    assert top < 110 < bottom, "her nose is about there"
+    report = photo["report"]
+    assert report["ok"]
+    assert 1 <= report["largest_change"] <= 8
+    assert report["outside_change"] == 0
+    assert report["objective_after"] > report["objective_before"]
+    assert document["run"]["networks"] == {"autoencoder": "small-ae", "recognizer": "small-face"}
+    with Image.open(folder / "look.png") as sheet:
+        assert sheet.width > 1000
+
+    protected = folder / "astronaut-protected.png"
+    gap = np.abs(read(protected).pixels.astype(int) - read(astronaut).pixels)
+    assert gap.max() == report["largest_change"]
+    checked = shields("verify", astronaut, protected, "--weights-dir", weights, "--json")
+    assert checked.exit_code == 0, checked.stderr
+    verdict = json.loads(checked.stdout)
+    for key in ("largest_change", "outside_change", "psnr", "ssim"):
+        assert verdict[key] == report[key]
+    assert verdict["objective_after"] == pytest.approx(report["objective_after"], abs=1e-4)
+    protected.rename(folder / "moved.png")
+    (folder / MANIFEST).unlink()
+    strict = shields("verify", astronaut, folder / "moved.png", "--levels", "1")
+    assert strict.exit_code == (1 if report["largest_change"] > 1 else 0)
+
+
+def test_the_same_command_gives_the_same_bits(astronaut: Path, weights: Path) -> None:
+    files = []
+    for name in ("one.png", "two.png"):
+        out = astronaut.parent / name
+        done = shields("protect", astronaut, "--out", out, *tiny_networks(weights), *QUICK)
+        assert done.exit_code == 0, done.stderr
+        files.append(out.read_bytes())
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("robust", [[], ["--robust"]])
+def test_a_folder_is_protected_resumed_and_summarised(
+    tmp_path: Path, weights: Path, robust: list[str]
+) -> None:
+    for name in ("in/a.jpg", "in/deep/b.png"):
+        picture(tmp_path / name)
+    command = ["protect", tmp_path / "in", "--out", tmp_path / "out", *tiny_networks(weights)]
+    done = shields(*command, *QUICK, *robust)
+    assert done.exit_code == 0, done.stderr
+    assert "2 protected, 0 skipped, 0 failed of 2" in done.stdout
+    assert (tmp_path / "out/deep/b.png").is_file()
+    again = shields(*command, *QUICK, *robust)
+    assert "0 protected, 2 skipped" in again.stdout
+    other = shields(*command, *QUICK, *robust, "--seed", "5")
+    assert "2 protected, 0 skipped" in other.stdout
+
+
+def test_the_embedded_default_needs_no_options(astronaut: Path) -> None:
+    store = WeightStore()
+    try:
+        for name in ("portrait-ae", "face-embedder"):
+            store.find(store.card(name))
+    except ShieldsError as error:
+        pytest.skip(str(error))
+    done = shields("protect", astronaut, "--json", "--steps", "3")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)["photos"][0]["report"]
+    assert report["ok"]
+    assert report["objective_after"] > report["objective_before"]
+
+
+# -- output
+
+
+def test_output_is_quiet_on_request_and_json_alone_on_stdout(tmp_path: Path, pushing: str) -> None:
+    photo = picture(tmp_path / "a.png")
+    done = shields("protect", photo, "--method", pushing, "--region", "photo", "--quiet")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
+    (tmp_path / "b.png").write_text("no photo")
+    done = shields("protect", tmp_path, "--method", pushing, "--region", "photo", "--json")
+    assert done.exit_code == 1
+    document = json.loads(done.stdout)
+    assert document["summary"] | {"seconds": 0} == {
+        "protected": 0, "skipped": 1, "failed": 1, "of": 2, "interrupted": False, "seconds": 0
+    }  # fmt: skip
+    assert [photo["status"] for photo in document["photos"]] == ["skipped", "failed"]
+    assert done.stderr.count("error:") == 1
+    assert "b.png" in done.stderr
+
+
+def test_a_person_reads_the_verification(tmp_path: Path, pushing: str) -> None:
+    photo = picture(tmp_path / "a.png")
+    done = shields("protect", photo, "--method", pushing, "--region", "photo", "--levels", "5.5")
+    for text in ("a-protected.png", "5 of 5 levels", "PSNR", "good"):
+        assert text in done.stdout
+
+
+def test_jpeg_says_what_it_costs_and_is_measured(tmp_path: Path, pushing: str) -> None:
+    photo = picture(tmp_path / "a.png")
+    command = ["protect", photo, "--method", pushing, "--region", "photo", "--format", "jpg"]
+    done = shields(*command, "--quality", "60", "--json")
+    assert done.exit_code == 0
+    assert "JPEG rewrites every pixel" in done.stderr
+    (entry,) = json.loads(done.stdout)["photos"]
+    assert entry["output"].endswith("a-protected.jpg")
+    assert entry["report"]["lossy"]
+    assert entry["report"]["largest_change"] > 8
+    assert shields("verify", photo, entry["output"]).exit_code == 1
+
+
+def test_a_step_beyond_the_budget_is_warned_of(tmp_path: Path, weights: Path) -> None:
+    photo = picture(tmp_path / "a.png")
+    done = shields(
+        "protect", photo, *tiny_networks(weights), *QUICK, "--set", "step=9", "--levels", "4"
+    )
+    assert done.exit_code == 0
+    assert "a step of 9 levels is longer than the budget of 4" in done.stderr
+
+
+# -- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "facelok"], "did you mean facelock"),
+        (["--preset", "papr"], "did you mean paper"),
+        (["--set", "stepz=3"], "did you mean"),
+        (["--set", "steps"], "NAME=VALUE"),
+        (["--set", "steps=many"], "`steps` must be a int"),
+        (["--set", "levels=4", "--levels", "8"], "leave one out"),
+        (["--levels", "-1"], "`levels` must be 0 or more"),
+        (["--levels", "nan"], "`levels` must be 0 or more"),
+        (["--steps", "0"], "`steps` must be a whole number"),
+        (["--size", "3"], "at least 64"),
+        (["--device", "cuda:99"], "--device cpu"),
+        (["--device", "abacus"], "no device is called 'abacus'"),
+        (["--weights-dir", "nowhere"], "is not a folder"),
+        (["--autoencoder", "small-eel"], "small-ae"),
+        (["--diffusion", "sd"], "no network for the role 'diffusion'"),
+        (["--out", "PHOTO"], "never written over"),
+        (["--out", "PHOTO/below/x.png"], "cannot write to"),
+        (["--out", "x.gif"], "results are"),
+        (["--format", "webp", "--out", "x.png"], "does not fit"),
+        (["--quality", "80"], "lossless"),
+        (["--sheet", "PHOTO"], "never written over"),
+        (["--report", "x.txt"], ".json"),
+    ],
+)
+def test_mistakes_are_one_line_and_touch_nothing(
+    tmp_path: Path,
+    weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    photo = picture(tmp_path / "photos" / "a.png")
+    before = photo.read_bytes()
+    monkeypatch.chdir(tmp_path / "photos")
+    given = [argument.replace("PHOTO", str(photo)) for argument in arguments]
+    names = [] if "--weights-dir" in given else ["--weights-dir", str(weights)]
+    names += [] if "--autoencoder" in given else ["--autoencoder", "small-ae"]
+    done = shields("protect", photo, *names, "--recognizer", "small-face", *given)
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert photo.read_bytes() == before
+    assert sorted(path.name for path in photo.parent.iterdir()) == ["a.png"]
+
+
+def test_missing_photos_and_missing_weights_are_wrong_usage(tmp_path: Path, weights: Path) -> None:
+    done = shields("protect", tmp_path / "gone.jpg", "--json")
+    assert done.exit_code == 2
+    assert json.loads(done.stdout)["kind"] == "ConfigError"
+    (weights / "small-ae.safetensors").unlink()
+    done = shields("protect", picture(tmp_path / "a.png"), *tiny_networks(weights))
+    assert done.exit_code == 2
+    assert str(weights / "small-ae.safetensors") in done.stderr, "the places tried"
+
+
+def test_no_face_where_one_was_asked_for(tmp_path: Path, weights: Path) -> None:
+    photo = picture(tmp_path / "a.png")
+    command = ["protect", photo, *tiny_networks(weights), *QUICK]
+    done = shields(*command, "--region", "face")
+    assert done.exit_code == 1
+    assert "--region photo" in done.stderr
+    done = shields(*command, "--json")
+    assert done.exit_code == 0
+    assert any("no face" in note for note in json.loads(done.stdout)["photos"][0]["notes"])
+
+
+@pytest.mark.parametrize("content", [b"", b"a letter", None])
+def test_unreadable_results_are_judged_bad(tmp_path: Path, content: bytes | None) -> None:
+    photo, other = picture(tmp_path / "a.png"), tmp_path / "b.png"
+    other.write_bytes(photo.read_bytes()[:400] if content is None else content)
+    done = shields("verify", photo, other, "--json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["ok"] is False
+    assert shields("verify", photo, tmp_path / "gone.png").exit_code == 2
+
+
+def test_sizes_that_differ_are_judged_bad(tmp_path: Path) -> None:
+    photo, other = picture(tmp_path / "a.png"), picture(tmp_path / "b.png", size=(64, 80))
+    done = shields("verify", photo, other)
+    assert done.exit_code == 1
+    assert "sizes differ" in done.stdout
+    assert (
+        "sizes differ"
+        in json.loads(shields("verify", photo, other, "--json").stdout)["problems"][0]
+    )
+
+
+def test_a_report_about_other_photos_is_refused(tmp_path: Path) -> None:
+    photo = picture(tmp_path / "a.png")
+    (tmp_path / "r.json").write_text('{"photos": [], "run": {}}')
+    done = shields("verify", photo, photo, "--report", tmp_path / "r.json")
+    assert done.exit_code == 2
+    (tmp_path / "r.json").write_text("[1")
+    assert shields("verify", photo, photo, "--report", tmp_path / "r.json").exit_code == 2
+
+
+# -- what there is
+
+
+def test_protectors_are_listed_with_a_line_each() -> None:
+    found = json.loads(shields("list", "--json").stdout)["protectors"]
+    assert list(found) == list(PROTECTORS)
+    assert all(line.endswith((".", ")")) for line in found.values()), found
+    assert "facelock" in shields("list", "protectors").stdout
+
+
+def test_a_methods_settings_are_explained() -> None:
+    done = json.loads(shields("list", "facelock", "--json").stdout)
+    assert done["settings"]["levels"] == 8
+    assert done["presets"]["paper"]["levels"] == 2.55
+    text = " ".join(shields("list", "facelock").stdout.split())
+    assert "number of updates" in text
+    done = shields("list", "facelok")
+    assert done.exit_code == 2
+    assert "facelock" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["recognizers", "autoencoders", "perceptual", "transforms"])
+def test_other_kinds_are_listed(kind: str) -> None:
+    found = json.loads(shields("list", kind, "--json").stdout)[kind]
+    assert found
+    assert all(found.values())
+
+
+def test_cards_are_listed_shown_and_verified(weights: Path) -> None:
+    place = ("--weights-dir", weights)
+    rows = json.loads(shields("models", "list", *place, "--json").stdout)["models"]
+    states = {row["name"]: row["state"] for row in rows}
+    assert states["small-ae"] == states["small-face"] == "here"
+    shown = json.loads(shields("models", "show", "small-ae", *place, "--json").stdout)
+    assert (shown["licence"], shown["weights"]) == ("Apache-2.0", "here")
+    assert "a stand-in" in shields("models", "show", "small-ae", *place).stdout
+    assert shields("models", "verify", "small-ae", "small-face", *place).exit_code == 0
+    pulled = shields("models", "pull", "small-ae", *place)
+    assert "small-ae.safetensors" in pulled.stdout.replace("\n", "")
+    (weights / "small-ae.safetensors").write_bytes(b"rotten")
+    done = shields("models", "verify", *place, "--json")
+    assert done.exit_code == 1
+    verdicts = json.loads(done.stdout)["models"]
+    assert verdicts["small-ae"].startswith("damaged")
+    assert verdicts["small-face"].startswith("good")
+    (weights / "small-ae.safetensors").unlink()
+    assert shields("models", "verify", "small-ae", *place).exit_code == 1
+    assert shields("models", "pull", "small-ae", *place).exit_code == 1
+    assert shields("models", "show", "small-eel", *place).exit_code == 2
+
+
+def test_the_version_is_told() -> None:
+    import shields as package
+
+    assert shields("--version").stdout.strip() == f"shields {package.__version__}"
+
+
+# -- plug-ins
+
+
+def greet() -> None:
+    """Say hello."""
+    typer.echo("hello from outside")
+
+
+PLUGIN = typer.Typer()
+PLUGIN.command()(greet)
+
+
+def test_commands_of_other_packages_are_found_and_broken_ones_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entries = [
+        metadata.EntryPoint("greet", "tests.test_cli:PLUGIN", cli.PLUGINS),
+        metadata.EntryPoint("ruin", "tests.no_such_module:app", cli.PLUGINS),
+        metadata.EntryPoint("protect", "tests.test_cli:PLUGIN", cli.PLUGINS),
+    ]
+    monkeypatch.setattr(metadata, "entry_points", lambda *, group: entries)
+    listing = shields("--help")
+    assert listing.exit_code == 0
+    assert "Say hello" in listing.stdout
+    assert "Protect photos" in listing.stdout, "nobody replaces a command of ours"
+    assert "'ruin' cannot be loaded" in listing.stderr
+    assert shields("greet").stdout == "hello from outside\n"
+    assert shields("ruin").exit_code == 2
+    assert shields("list", "detectors").exit_code == 0
+
+
+# -- Ctrl-C
+
+SLOW = """
+    import sys, time
+    from shields.cli import app
+    from shields.protectors import PROTECTORS
+    from tests.test_shield import Push
+
+    class Slow(Push):
+        def perturb(self, image, mask, **options):
+            time.sleep(0.5)
+            return super().perturb(image, mask, **options)
+
+    PROTECTORS.add("slow", Slow)
+    app(["protect", sys.argv[1], "--method", "slow", "--region", "photo", "--out", sys.argv[2]])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
+def test_an_interruption_leaves_whole_files_and_says_how_to_go_on(tmp_path: Path) -> None:
+    photos, out = tmp_path / "in", tmp_path / "out"
+    for number in range(4):
+        picture(photos / f"{number}.png", seed=number)
+    command = [sys.executable, "-c", textwrap.dedent(SLOW), str(photos), str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while find_record(out / "0.png") is None and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130, told
+    assert "of 4 photos are finished" in told
+    assert "the same command goes on" in told
+    assert "Traceback" not in told
+    left = sorted(path.name for path in out.iterdir() if path.name != MANIFEST)
+    assert left
+    assert len(left) < 4
+    assert all(find_record(out / name) is not None for name in left)
+
+
+def test_tiny_networks_tell_one_photo_from_another() -> None:
+    """The story above would prove nothing on networks that ignore their input."""
+    image = tiny.faces_image(2, 64)
+    recognizer = tiny.recognizer(1)
+    embedding = recognizer(image, recognizer.matrix(None, image))
+    assert not torch.allclose(embedding[0], embedding[1], atol=1e-3)
