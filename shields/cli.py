@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ from typer.core import TyperGroup
 
 import shields
 from shields import cli_models
-from shields.cli_common import AsJson, WeightsDir, errors, warn
+from shields.cli_common import AsJson, Format, Region, WeightsDir, errors, warn
 
 __all__ = ["app", "main"]
 
@@ -63,22 +62,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-
-class Region(StrEnum):
-    """Where a photo is protected."""
-
-    face = "face"
-    photo = "photo"
-    auto = "auto"
-
-
-class Format(StrEnum):
-    """File format of a result."""
-
-    png = "png"
-    webp = "webp"
-    jpg = "jpg"
 
 
 def _version(wanted: bool) -> None:
@@ -185,6 +168,14 @@ def protect(
         typer.Option(
             "--robust",
             help="Survive JPEG, resizing and networks not seen; takes longer.",
+            rich_help_panel=_PROTECTION,
+        ),
+    ] = False,
+    stealth: Annotated[
+        bool,
+        typer.Option(
+            "--stealth",
+            help="Move each pixel less where people would notice; protects less.",
             rich_help_panel=_PROTECTION,
         ),
     ] = False,
@@ -313,6 +304,7 @@ def protect(
         region=region.value,
         size=size,
         robust=robust,
+        stealth=stealth,
         networks={role: name for role, name in networks.items() if name is not None},
         format=None if format is None else format.value,
         quality=quality,

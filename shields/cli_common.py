@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsJson",
+    "Format",
+    "Region",
     "WeightsDir",
     "errors",
     "fail",
@@ -45,6 +48,22 @@ WeightsDir = Annotated[
         help="Look for weights here first; then in $SHIELDS_CHECKPOINTS, checkpoints/, the cache.",
     ),
 ]
+
+
+class Region(StrEnum):
+    """Where a photo is protected."""
+
+    face = "face"
+    photo = "photo"
+    auto = "auto"
+
+
+class Format(StrEnum):
+    """File format of a result."""
+
+    png = "png"
+    webp = "webp"
+    jpg = "jpg"
 
 
 def plain(text: str) -> str:

@@ -56,6 +56,7 @@ class Request:
     region: RegionMode
     size: int
     robust: bool
+    stealth: bool
     networks: dict[str, str]
     format: str | None
     quality: int | None
@@ -78,6 +79,7 @@ def configure(
     levels: float | None = None,
     steps: int | None = None,
     robust: bool = False,
+    stealth: bool = False,
 ) -> ProtectorConfig:
     """Build a method's config from what the command line offers.
 
@@ -89,8 +91,14 @@ def configure(
     presets = kind.presets()
     if preset is not None and preset not in presets:
         raise ConfigError(f"{method} has no preset {preset!r}; {did_you_mean(preset, presets)}")
-    config = kind() if preset is None else presets[preset]()
-    texts: dict[str, str] = {}
+    config: ProtectorConfig = kind() if preset is None else presets[preset]()
+    if robust:
+        hardened = getattr(config, "hardened", None)
+        if hardened is None:
+            raise ConfigError(f"{method} takes no --robust: its loop is not ours")
+        config = hardened()
+    # What was asked for by name comes last, so that it wins over --robust.
+    texts: dict[str, str] = {"stealth": "true"} if stealth else {}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:
@@ -101,14 +109,7 @@ def configure(
             raise ConfigError(f"--{name} and --set {name}=… were both given; leave one out")
         if number is not None:
             texts[name] = str(number)
-    config = config.with_settings(texts)
-    if not robust:
-        return config
-    hardened = getattr(config, "hardened", None)
-    if hardened is None:
-        raise ConfigError(f"{method} takes no --robust: its loop is not ours")
-    result: ProtectorConfig = hardened()
-    return result
+    return config.with_settings(texts)
 
 
 def _format(request: Request) -> str:
@@ -189,6 +190,7 @@ def run(request: Request) -> int:
         levels=request.levels,
         steps=request.steps,
         robust=request.robust,
+        stealth=request.stealth,
     )
     jobs = plan(request.photos, request.out, suffix=suffix)
     store = store_at(request.weights_dir)

@@ -574,3 +574,15 @@ def test_mobilefacenet_tells_people_apart():
         for column in range(row):
             same = row // 2 == column // 2
             assert (similarity[row, column] > network.threshold) == same, (row, column)
+
+
+# The tracer looks at `.grad` of tensors that have none; nothing of ours does.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_accelerate_changes_speed_and_not_the_result() -> None:
+    plain, compiled = tiny.autoencoder(), tiny.autoencoder()
+    compiled.accelerate(backend="eager")
+    image = tiny.faces_image(1, 32).requires_grad_(True)
+    assert torch.allclose(compiled.reconstruct(image), plain.reconstruct(image), atol=1e-6)
+    assert compiled._encode is not plain._encode
+    (gradient,) = torch.autograd.grad(compiled.reconstruct(image).sum(), image)
+    assert gradient.any()

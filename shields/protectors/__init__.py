@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, cast
 
 from shields.errors import ConfigError
-from shields.protectors.base import Protector, ProtectorConfig
+from shields.protectors.base import IterativeConfig, Protector, ProtectorConfig
 from shields.registry import Registry, did_you_mean
 
 if TYPE_CHECKING:
@@ -81,6 +81,9 @@ def load(
         role: models.load(role, networks.get(role, default), store=store, device=device)
         for role, default in protector.roles(config).items()
     }
+    if isinstance(config, IterativeConfig) and config.compile:
+        for network in loaded.values():
+            network.accelerate()
     # The constructors differ in their keywords: the roles are what they have in common.
     build = cast("Callable[..., Protector]", protector)
     return build(config, **loaded)

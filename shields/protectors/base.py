@@ -34,6 +34,7 @@ from shields.types import (
     check_image,
     check_mask,
 )
+from shields.visibility import just_noticeable
 
 __all__ = ["IterativeConfig", "IterativeProtector", "Protector", "ProtectorConfig"]
 
@@ -46,6 +47,8 @@ class ProtectorConfig:
     levels: float = 8.0
     #: "linf", "l2" (levels = Euclidean length) or "none" (a penalty inside the objective only)
     norm: Norm = "linf"
+    #: keep each pixel below what people notice there (just-noticeable difference) as well
+    stealth: bool = False
 
     def __post_init__(self) -> None:
         _ = self.budget
@@ -197,6 +200,8 @@ class Protector(ABC):
                 f"`landmarks` must be {(len(image), 5, 2)}, got {tuple(landmarks.shape)}"
             )
         image = image.detach()
+        if self.config.stealth and self.config.levels:
+            mask = mask * (just_noticeable(image) / self.config.levels).clamp_max(1)
         with _frozen(self.networks):
             perturbation = self.perturb(
                 image, mask, rng=rng, landmarks=landmarks, progress=progress
@@ -229,6 +234,8 @@ class IterativeConfig(ProtectorConfig, PgdConfig):
 
     #: average over the transforms of everyday handling (JPEG, half size, blur, …)
     robust: bool = False
+    #: compile the networks (`torch.compile`): a minute or two first, then faster; for many photos
+    compile: bool = False
 
     def hardened(self) -> Self:
         """The same settings made robust to handling and to networks not seen (`--robust`)."""
