@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import subprocess
@@ -18,61 +17,20 @@ import pytest
 import torch
 import typer
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from skimage import data
-from torch import nn
-from typer.testing import CliRunner
 
-from shields import cli, models
+from shields import cli
 from shields.batch import MANIFEST, find_record
-from shields.cli import app
 from shields.errors import ShieldsError
-from shields.models.base import Frozen
 from shields.photo import read
 from shields.protectors import PROTECTORS
-from shields.weights import Card, WeightStore
+from shields.weights import WeightStore
 from tests import tiny
+from tests.commands import QUICK, shields, tiny_networks
 from tests.test_batch import picture
 from tests.test_shield import Push
 
 ROOT = Path(__file__).parents[1]
-QUICK = ("--steps", "2", "--device", "cpu")
-
-
-class Loader:
-    """An architecture's entry: fills a stand-in from its weights file."""
-
-    def __init__(self, build: Any) -> None:
-        self.build = build
-
-    def load(self, source: Path, card: Card) -> Frozen:
-        network: Frozen = self.build(1)
-        network.load_state_dict(load_file(source))
-        return network
-
-
-def card(folder: Path, name: str, role: str, network: nn.Module) -> None:
-    """Write a network's weights and the card that describes them."""
-    save_file(network.state_dict(), folder / f"{name}.safetensors")
-    digest = hashlib.sha256((folder / f"{name}.safetensors").read_bytes()).hexdigest()
-    (folder / f"{name}.toml").write_text(
-        f'name = "{name}"\nrole = "{role}"\narchitecture = "tiny"\nsummary = "a stand-in"\n'
-        f'file = "{name}.safetensors"\nsha256 = "{digest}"\nlicence = "Apache-2.0"\n'
-    )
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> Any:
-    """A folder with an autoencoder `small-ae` and a recognizer `small-face`."""
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    card(folder, "small-ae", "autoencoder", tiny.autoencoder(1))
-    card(folder, "small-face", "recognizer", tiny.recognizer(1))
-    models.AUTOENCODERS.add("tiny", Loader(tiny.autoencoder))
-    models.RECOGNIZERS.add("tiny", Loader(tiny.recognizer))
-    yield folder
-    models.AUTOENCODERS.remove("tiny")
-    models.RECOGNIZERS.remove("tiny")
 
 
 @pytest.fixture
@@ -90,16 +48,6 @@ def astronaut(tmp_path: Path) -> Path:
     path.parent.mkdir()
     Image.fromarray(data.astronaut()).save(path)
     return path
-
-
-def shields(*arguments: str | Path) -> Any:
-    """Run the command in this process."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def tiny_networks(weights: Path) -> list[str]:
-    names = ["--weights-dir", str(weights), "--autoencoder", "small-ae"]
-    return [*names, "--recognizer", "small-face"]
 
 
 # -- the story
@@ -230,166 +178,6 @@ def test_a_step_beyond_the_budget_is_warned_of(tmp_path: Path, weights: Path) ->
     )
     assert done.exit_code == 0
     assert "a step of 9 levels is longer than the budget of 4" in done.stderr
-
-
-# -- mistakes
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--method", "facelok"], "did you mean facelock"),
-        (["--preset", "papr"], "did you mean paper"),
-        (["--set", "stepz=3"], "did you mean"),
-        (["--set", "steps"], "NAME=VALUE"),
-        (["--set", "steps=many"], "`steps` must be a int"),
-        (["--set", "levels=4", "--levels", "8"], "leave one out"),
-        (["--levels", "-1"], "`levels` must be 0 or more"),
-        (["--levels", "nan"], "`levels` must be 0 or more"),
-        (["--steps", "0"], "`steps` must be a whole number"),
-        (["--size", "3"], "at least 64"),
-        (["--device", "cuda:99"], "--device cpu"),
-        (["--device", "abacus"], "no device is called 'abacus'"),
-        (["--weights-dir", "nowhere"], "is not a folder"),
-        (["--autoencoder", "small-eel"], "small-ae"),
-        (["--diffusion", "sd"], "no network for the role 'diffusion'"),
-        (["--out", "PHOTO"], "never written over"),
-        (["--out", "PHOTO/below/x.png"], "cannot write to"),
-        (["--out", "x.gif"], "results are"),
-        (["--format", "webp", "--out", "x.png"], "does not fit"),
-        (["--quality", "80"], "lossless"),
-        (["--sheet", "PHOTO"], "never written over"),
-        (["--report", "x.txt"], ".json"),
-    ],
-)
-def test_mistakes_are_one_line_and_touch_nothing(
-    tmp_path: Path,
-    weights: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    message: str,
-) -> None:
-    photo = picture(tmp_path / "photos" / "a.png")
-    before = photo.read_bytes()
-    monkeypatch.chdir(tmp_path / "photos")
-    given = [argument.replace("PHOTO", str(photo)) for argument in arguments]
-    names = [] if "--weights-dir" in given else ["--weights-dir", str(weights)]
-    names += [] if "--autoencoder" in given else ["--autoencoder", "small-ae"]
-    done = shields("protect", photo, *names, "--recognizer", "small-face", *given)
-    assert done.exit_code == 2, done.output
-    assert message in done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert photo.read_bytes() == before
-    assert sorted(path.name for path in photo.parent.iterdir()) == ["a.png"]
-
-
-def test_missing_photos_and_missing_weights_are_wrong_usage(tmp_path: Path, weights: Path) -> None:
-    done = shields("protect", tmp_path / "gone.jpg", "--json")
-    assert done.exit_code == 2
-    assert json.loads(done.stdout)["kind"] == "ConfigError"
-    (weights / "small-ae.safetensors").unlink()
-    done = shields("protect", picture(tmp_path / "a.png"), *tiny_networks(weights))
-    assert done.exit_code == 2
-    assert str(weights / "small-ae.safetensors") in done.stderr, "the places tried"
-
-
-def test_no_face_where_one_was_asked_for(tmp_path: Path, weights: Path) -> None:
-    photo = picture(tmp_path / "a.png")
-    command = ["protect", photo, *tiny_networks(weights), *QUICK]
-    done = shields(*command, "--region", "face")
-    assert done.exit_code == 1
-    assert "--region photo" in done.stderr
-    done = shields(*command, "--json")
-    assert done.exit_code == 0
-    assert any("no face" in note for note in json.loads(done.stdout)["photos"][0]["notes"])
-
-
-@pytest.mark.parametrize("content", [b"", b"a letter", None])
-def test_unreadable_results_are_judged_bad(tmp_path: Path, content: bytes | None) -> None:
-    photo, other = picture(tmp_path / "a.png"), tmp_path / "b.png"
-    other.write_bytes(photo.read_bytes()[:400] if content is None else content)
-    done = shields("verify", photo, other, "--json")
-    assert done.exit_code == 1
-    assert json.loads(done.stdout)["ok"] is False
-    assert shields("verify", photo, tmp_path / "gone.png").exit_code == 2
-
-
-def test_sizes_that_differ_are_judged_bad(tmp_path: Path) -> None:
-    photo, other = picture(tmp_path / "a.png"), picture(tmp_path / "b.png", size=(64, 80))
-    done = shields("verify", photo, other)
-    assert done.exit_code == 1
-    assert "sizes differ" in done.stdout
-    assert (
-        "sizes differ"
-        in json.loads(shields("verify", photo, other, "--json").stdout)["problems"][0]
-    )
-
-
-def test_a_report_about_other_photos_is_refused(tmp_path: Path) -> None:
-    photo = picture(tmp_path / "a.png")
-    (tmp_path / "r.json").write_text('{"photos": [], "run": {}}')
-    done = shields("verify", photo, photo, "--report", tmp_path / "r.json")
-    assert done.exit_code == 2
-    (tmp_path / "r.json").write_text("[1")
-    assert shields("verify", photo, photo, "--report", tmp_path / "r.json").exit_code == 2
-
-
-# -- what there is
-
-
-def test_protectors_are_listed_with_a_line_each() -> None:
-    found = json.loads(shields("list", "--json").stdout)["protectors"]
-    assert list(found) == list(PROTECTORS)
-    assert all(line.endswith((".", ")")) for line in found.values()), found
-    assert "facelock" in shields("list", "protectors").stdout
-
-
-def test_a_methods_settings_are_explained() -> None:
-    done = json.loads(shields("list", "facelock", "--json").stdout)
-    assert done["settings"]["levels"] == 8
-    assert done["presets"]["paper"]["levels"] == 2.55
-    text = " ".join(shields("list", "facelock").stdout.split())
-    assert "number of updates" in text
-    done = shields("list", "facelok")
-    assert done.exit_code == 2
-    assert "facelock" in done.stderr
-
-
-@pytest.mark.parametrize("kind", ["recognizers", "autoencoders", "perceptual", "transforms"])
-def test_other_kinds_are_listed(kind: str) -> None:
-    found = json.loads(shields("list", kind, "--json").stdout)[kind]
-    assert found
-    assert all(found.values())
-
-
-def test_cards_are_listed_shown_and_verified(weights: Path) -> None:
-    place = ("--weights-dir", weights)
-    rows = json.loads(shields("models", "list", *place, "--json").stdout)["models"]
-    states = {row["name"]: row["state"] for row in rows}
-    assert states["small-ae"] == states["small-face"] == "here"
-    shown = json.loads(shields("models", "show", "small-ae", *place, "--json").stdout)
-    assert (shown["licence"], shown["weights"]) == ("Apache-2.0", "here")
-    assert "a stand-in" in shields("models", "show", "small-ae", *place).stdout
-    assert shields("models", "verify", "small-ae", "small-face", *place).exit_code == 0
-    pulled = shields("models", "pull", "small-ae", *place)
-    assert "small-ae.safetensors" in pulled.stdout.replace("\n", "")
-    (weights / "small-ae.safetensors").write_bytes(b"rotten")
-    done = shields("models", "verify", *place, "--json")
-    assert done.exit_code == 1
-    verdicts = json.loads(done.stdout)["models"]
-    assert verdicts["small-ae"].startswith("damaged")
-    assert verdicts["small-face"].startswith("good")
-    (weights / "small-ae.safetensors").unlink()
-    assert shields("models", "verify", "small-ae", *place).exit_code == 1
-    assert shields("models", "pull", "small-ae", *place).exit_code == 1
-    assert shields("models", "show", "small-eel", *place).exit_code == 2
-
-
-def test_the_version_is_told() -> None:
-    import shields as package
-
-    assert shields("--version").stdout.strip() == f"shields {package.__version__}"
 
 
 # -- plug-ins

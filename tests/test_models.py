@@ -1,121 +1,27 @@
-"""The contracts of autoencoders, recognizers and perceptual distances, and `models.load`.
+"""The contracts of autoencoders, recognizers and perceptual distances.
 
 Every architecture is built small and random, saved as its publisher does, and loaded by name.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import tarfile
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image as PILImage
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
 from shields import models
-from shields.errors import ConfigError, UnknownName, WeightsError
+from shields.errors import WeightsError
 from shields.models.autoencoders import stages
-from shields.models.base import Detector
-from shields.models.networks import FaceEmbedder, MobileFaceNet, PortraitAutoencoder, Taef2
 from shields.models.perceptual import DeepFeatures, LpipsModel
-from shields.types import Face
-from shields.weights import WeightStore
 from tests import tiny
 
-SHARED = Path(__file__).parents[1].parent / "shared"
 CPU = torch.device("cpu")
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 
 AUTOENCODERS = ("tiny", "small-portrait-ae", "small-taef2", "small-kl", "small-tiny", "small-flux2")
 RECOGNIZERS = ("tiny", "small-face-embedder", "random-mobilefacenet", "random-facenet")
 PERCEPTUAL = ("tiny", "random-lpips-squeeze", "features:small-portrait-ae", "features:small-kl",
               "features:small-tiny", "features:random-mobilefacenet")  # fmt: skip
-
-
-def write_card(folder, name, role, architecture, *, file="", extra=""):
-    text = f'name = "{name}"\nrole = "{role}"\narchitecture = "{architecture}"\n'
-    text += f'file = "{file}"\n' if file else 'repository = "nobody/nothing"\n'
-    (folder / f"{name}.toml").write_text(text + extra)
-
-
-def randomised(network: nn.Module, seed: int) -> nn.Module:
-    """Give normalisations statistics of their own, so that ignoring them would show."""
-    rng = torch.Generator().manual_seed(seed)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-            module.running_mean.normal_(std=0.1, generator=rng)
-            module.running_var.uniform_(0.5, 1.5, generator=rng)
-    return network
-
-
-def save_file_model(folder, name, role, architecture, network, extra=""):
-    save_file(network.state_dict(), folder / f"{name}.safetensors")
-    write_card(folder, name, role, architecture, file=f"{name}.safetensors", extra=extra)
-
-
-def save_diffusers(folder):
-    from diffusers import AutoencoderKLFlux2, AutoencoderTiny
-
-    small = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
-        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
-    )  # fmt: skip
-    flux2 = AutoencoderKLFlux2(
-        block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    parts = {"kl": tiny.diffusion_parts()["vae"], "tiny": small, "flux2": flux2}
-    for name, network in parts.items():
-        network.save_pretrained(folder / f"small-{name}")
-        write_card(folder, f"small-{name}", "autoencoder", "diffusers")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A folder of cards and weights of every architecture."""
-    from facenet_pytorch import InceptionResnetV1
-    from torchvision.models import squeezenet1_1
-
-    folder = tmp_path_factory.mktemp("weights")
-    with tiny.seeded(0):
-        save_file_model(
-            folder, "small-portrait-ae", "autoencoder", "portrait-ae",
-            PortraitAutoencoder(fine=8, coarse=8, blocks=1, latent_channels=4),
-            "[config]\nfine = 8\ncoarse = 8\nblocks = 1\nlatent_channels = 4\n",
-        )  # fmt: skip
-        save_file_model(
-            folder, "small-taef2", "autoencoder", "taef2", Taef2(width=8, latent_channels=4),
-            "[config]\nwidth = 8\nlatent_channels = 4\n",
-        )  # fmt: skip
-        save_file_model(
-            folder, "small-face-embedder", "recognizer", "face-embedder",
-            randomised(FaceEmbedder(widths=(8, 8, 8, 8), blocks=(1, 1, 1, 1), dimensions=16), 1),
-            "[config]\nwidths = [8, 8, 8, 8]\nblocks = [1, 1, 1, 1]\ndimensions = 16\n"
-            "[results]\nval_threshold = 0.3\n",
-        )  # fmt: skip
-        save_file_model(
-            folder, "random-mobilefacenet", "recognizer", "mobilefacenet",
-            randomised(MobileFaceNet(), 2), "[results]\nthreshold = 0.2\n",
-        )  # fmt: skip
-        facenet = randomised(InceptionResnetV1(), 3).state_dict()
-        # As published: with the classifier of the training set behind it.
-        facenet |= {"logits.weight": torch.zeros(10, 512), "logits.bias": torch.zeros(10)}
-        torch.save(facenet, folder / "random-facenet.pt")
-        write_card(
-            folder, "random-facenet", "recognizer", "inception-resnet-v1", file="random-facenet.pt"
-        )
-        torch.save(squeezenet1_1(weights=None).state_dict(), folder / "squeeze.pth")
-        write_card(
-            folder, "random-lpips-squeeze", "perceptual", "lpips-squeeze", file="squeeze.pth"
-        )
-        save_diffusers(folder)
-    return WeightStore(folder)
 
 
 def fetch(role, name, store):
@@ -355,225 +261,6 @@ def test_stages_are_what_enters_each_halving_and_the_end():
     first, second = stages(layers, image)
     assert torch.equal(first, layers[0](image))
     assert torch.equal(second, layers[:3](image))
-
-
-# Published sizes and layouts
-
-
-def count(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def test_parameter_counts_are_the_published_ones():
-    network = Taef2()
-    assert round(count(network.encoder) / 1e6, 2) == 1.34
-    assert round(count(network.decoder) / 1e6, 2) == 1.34
-    assert round(count(MobileFaceNet()) / 1e6, 1) == 1.0
-
-
-@pytest.fixture(scope="module")
-def whole_taef2():
-    with tiny.seeded(4):
-        return Taef2().eval()
-
-
-def save_pair(network, folder):
-    for half in ("encoder", "decoder"):
-        torch.save(getattr(network, half).state_dict(), folder / f"taef2_{half}.pth")
-
-
-@pytest.mark.parametrize("which", ["", "taef2_encoder.pth", "taef2_decoder.pth"])
-def test_taef2_loads_the_published_pair(which, whole_taef2, tmp_path):
-    save_pair(whole_taef2, tmp_path)
-    path = tmp_path / which
-    network = models.load("autoencoder", str(path), store=WeightStore(), device=CPU)
-    image = tiny.faces_image(1, 32)
-    assert torch.equal(network.encode(image), whole_taef2.encoder(image))
-    assert torch.equal(network.decode(network.encode(image)), whole_taef2(image))
-    assert network.name == path.name
-
-
-def test_taef2_says_which_half_is_missing(whole_taef2, tmp_path):
-    save_pair(whole_taef2, tmp_path)
-    (tmp_path / "taef2_decoder.pth").unlink()
-    for path in (tmp_path, tmp_path / "taef2_encoder.pth"):
-        with pytest.raises(WeightsError, match="decoder"):
-            models.load("autoencoder", str(path), store=WeightStore(), device=CPU)
-
-
-def test_taef2_loads_the_layout_of_hugging_face(whole_taef2, tmp_path):
-    renamed = {}
-    for key, value in whole_taef2.state_dict().items():
-        half, index, rest = key.split(".", 2)
-        # There the clamp in front of the decoder is no layer, so its count starts one later.
-        place = int(index) - (half == "decoder")
-        renamed[f"{half}.layers.{place}.{rest}"] = value.contiguous()
-    save_file(renamed, tmp_path / "hub.safetensors")
-    write_card(tmp_path, "hub", "autoencoder", "taef2", file="hub.safetensors")
-    network = models.load(
-        "autoencoder", str(tmp_path / "hub.safetensors"), store=WeightStore(), device=CPU
-    )
-    image = tiny.faces_image(1, 32)
-    assert torch.equal(network.encode(image), whole_taef2.encoder(image))
-
-
-@pytest.mark.parametrize("variant", [None, "fp16"])
-def test_half_precision_folder_is_loaded_in_float32(variant, tmp_path):
-    vae = tiny.diffusion_parts()["vae"].half()
-    vae.save_pretrained(tmp_path / "half", variant=variant)
-    network = models.load("autoencoder", str(tmp_path / "half"), store=WeightStore(), device=CPU)
-    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
-    assert torch.equal(network.network.decoder.conv_in.bias, vae.decoder.conv_in.bias.float())
-
-
-def test_damaged_folder_is_a_clear_error(tmp_path):
-    folder = tmp_path / "vae"
-    tiny.diffusion_parts()["vae"].save_pretrained(folder)
-    weights = folder / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(WeightsError, match="vae cannot be loaded as AutoencoderKL"):
-        models.load("autoencoder", str(folder), store=WeightStore(), device=CPU)
-
-
-def test_folder_that_lacks_weights_of_the_network_is_refused(tmp_path):
-    folder = tmp_path / "vae"
-    vae = tiny.diffusion_parts()["vae"]
-    vae.save_pretrained(folder)
-    state = vae.state_dict()
-    state.pop("decoder.conv_in.bias")
-    save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(WeightsError, match=r"decoder\.conv_in\.bias"):
-        models.load("autoencoder", str(folder), store=WeightStore(), device=CPU)
-
-
-def test_folder_of_another_kind_of_network_names_those_known(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    with pytest.raises(WeightsError, match=r"UNet2DModel.*AutoencoderKL"):
-        models.load("autoencoder", str(tmp_path), store=WeightStore(), device=CPU)
-
-
-# load
-
-
-def test_weights_that_do_not_fit_their_card_name_the_keys(store, tmp_path):
-    save_file(MobileFaceNet().state_dict(), tmp_path / "wrong.safetensors")
-    write_card(tmp_path, "wrong", "autoencoder", "taef2", file="wrong.safetensors")
-    with pytest.raises(WeightsError, match=r"'wrong' do not fit Taef2: .*encoder\.0\.weight"):
-        models.load("autoencoder", "wrong", store=WeightStore(tmp_path), device=CPU)
-
-
-@pytest.mark.parametrize(
-    ("role", "name", "kind", "said"),
-    [
-        ("autoencoder", "smal-taef2", UnknownName, "did you mean small-taef2"),
-        ("autoencoder", "random-facenet", ConfigError, "has role 'recognizer'"),
-        ("perceptual", "features:random-lpips-squeeze", ConfigError, "not a perceptual"),
-        ("perceptual", "features:nothing", UnknownName, "no autoencoder is called 'nothing'"),
-        ("autoencoder", "./nothing.safetensors", WeightsError, "no file or folder"),
-        ("recognizer", "nobody/nothing", WeightsError, "no file or folder"),
-        ("autoencoder", "nobody/nothing", WeightsError, "hf download nobody/nothing"),
-        ("diffusion", "nobody/nothing", WeightsError, "cache of Hugging Face"),
-        ("recognizer", "", UnknownName, "there are"),
-        ("recogniser", "random-facenet", UnknownName, "did you mean recognizer"),
-    ],
-)
-def test_what_cannot_be_found_says_what_to_do(role, name, kind, said, store):
-    with pytest.raises(kind, match=said):
-        models.load(role, name, store=store, device=CPU)
-
-
-def test_detector_is_found_by_name(store):
-    detector = models.load("detector", "mtcnn", store=store, device=CPU)
-    assert isinstance(detector, Detector)
-    with pytest.raises(UnknownName, match="did you mean mtcnn"):
-        models.load("detector", "mtcn", store=store, device=CPU)
-
-
-def test_file_is_loaded_by_path_with_its_card_beside_it(store):
-    path = store.folder / "small-taef2.safetensors"
-    for given in (path, path.with_suffix(".toml")):
-        network = models.load("autoencoder", str(given), store=WeightStore(), device=CPU)
-        assert network.name == "small-taef2"
-    with pytest.raises(ConfigError, match="describes role 'autoencoder', needed"):
-        models.load("recognizer", str(path), store=WeightStore(), device=CPU)
-
-
-def test_file_without_a_card_says_how_to_write_one(store, tmp_path):
-    path = tmp_path / "mystery.safetensors"
-    save_file({"a": torch.ones(1)}, path)
-    with pytest.raises(WeightsError, match=r"mystery\.toml.*portrait-ae"):
-        models.load("autoencoder", str(path), store=store, device=CPU)
-
-
-# Real networks
-
-
-def portraits(number: int, size: int) -> torch.Tensor:
-    images = []
-    for path in sorted((SHARED / "data" / "portraits").glob("*.jpg"))[:: 436 // number][:number]:
-        photo = PILImage.open(path).convert("RGB")
-        side = photo.width
-        square = photo.crop((0, 0, side, side)).resize((size, size), PILImage.Resampling.LANCZOS)
-        images.append(torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255)
-    return torch.stack(images)
-
-
-@needs_shared
-def test_taef2_rebuilds_portraits_as_measured():
-    store = WeightStore(SHARED / "weights")
-    network = models.load("autoencoder", "taef2", store=store, device=CPU)
-    image = portraits(4, 256)
-    with torch.no_grad():
-        error = (network.reconstruct(image) - image).square().mean((1, 2, 3))
-    psnr = -10 * error.log10()
-    assert psnr.mean() >= 33
-
-
-def lfw(names: list[str]) -> list[torch.Tensor]:
-    with tarfile.open(SHARED / "data" / "lfw-deepfunneled.tar") as archive:
-        contents = {}
-        for member in archive:  # one pass, not one for each name
-            short = Path(member.name).stem
-            if short in names:
-                contents[short] = archive.extractfile(member).read()
-            if len(contents) == len(names):
-                break
-    photos = [PILImage.open(io.BytesIO(contents[name])).convert("RGB") for name in names]
-    return [torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 255 for photo in photos]
-
-
-def middle_landmarks(image: torch.Tensor) -> torch.Tensor:
-    """Landmarks of the face nearest to the middle, straight from facenet-pytorch."""
-    from facenet_pytorch import MTCNN
-
-    pixels = (image[0] * 255).round().byte().permute(1, 2, 0).numpy()
-    boxes, scores, points = MTCNN(min_face_size=60).detect(pixels, landmarks=True)
-    faces = [
-        Face(box=tuple(box), landmarks=marks, score=float(score))
-        for box, score, marks in zip(boxes.astype(float), scores, points.astype(float), strict=True)
-    ]
-    middle = np.array([125.0, 125.0])
-    nearest = min(faces, key=lambda face: np.linalg.norm(face.landmarks.mean(0) - middle))
-    return torch.from_numpy(nearest.landmarks).float()[None]
-
-
-@needs_shared
-def test_mobilefacenet_tells_people_apart():
-    store = WeightStore(SHARED / "weights")
-    network = models.load("recognizer", "mobilefacenet", store=store, device=CPU)
-    people = ["Aaron_Peirsol", "Abdullah_Gul", "Adrien_Brody"]
-    names = [f"{person}_000{index}" for person in people for index in (1, 2)]
-    embeddings = []
-    with torch.no_grad():
-        for image in lfw(names):
-            matrix = network.matrix(middle_landmarks(image), image)
-            embeddings.append(network(image, matrix))
-    similarity = torch.cat(embeddings) @ torch.cat(embeddings).T
-    assert network.threshold == 0.205
-    for row in range(len(names)):
-        for column in range(row):
-            same = row // 2 == column // 2
-            assert (similarity[row, column] > network.threshold) == same, (row, column)
 
 
 # The tracer looks at `.grad` of tensors that have none; nothing of ours does.

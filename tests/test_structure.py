@@ -16,6 +16,7 @@ import shields
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("shields", "trainers", "robustness")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 #: what wraps other people's packages is loaded when a name is looked up, never at import
 HEAVY = (
     "diffusers", "facenet_pytorch", "kornia", "lightning", "lpips", "pytorch_lightning",
@@ -89,7 +90,7 @@ def test_packages_keep_their_distance(path: Path) -> None:
         assert not reached & {"pytorch_lightning", "lightning"}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=module_name)
 def test_files_stay_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 

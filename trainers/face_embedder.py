@@ -15,6 +15,7 @@ Source:
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import ClassVar
 
 import pytorch_lightning as pl
@@ -90,6 +91,11 @@ class FaceEmbedderTraining(pl.LightningModule):
         warmup: Steps until the peak.
         decay: Weight decay.
         pairs: Same and different pairs, each, that validation verifies.
+        adversarial: Share of each batch that is perturbed against the student, [0, 1]. The teacher
+            says what the perturbed faces look like to it, so the student loses the directions in
+            which it alone can be fooled, and what fools it carries over.
+        reach: Largest perturbation, levels.
+        start: Checkpoint whose weights training begins with.
         seed: Fixes the augmentation.
     """
 
@@ -115,6 +121,9 @@ class FaceEmbedderTraining(pl.LightningModule):
         warmup: int = 300,
         decay: float = 0.02,
         pairs: int = 600,
+        adversarial: float = 0.0,
+        reach: float = 12.0,
+        start: Path | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -123,6 +132,10 @@ class FaceEmbedderTraining(pl.LightningModule):
         self.network = self.network.to(memory_format=torch.channels_last)
         self.relation_weight, self.rate, self.warmup = relation_weight, rate, warmup
         self.decay, self.pairs, self.seed = decay, pairs, seed
+        self.adversarial, self.reach = adversarial, reach
+        if start is not None:
+            state = torch.load(start, map_location="cpu", weights_only=True)["state_dict"]
+            self.load_state_dict(state)
         cpu = torch.device("cpu")
         # A list hides the teacher from checkpoints and from the optimizer.
         self._teacher = [load("recognizer", teacher, store=WeightStore(), device=cpu)]
@@ -144,7 +157,7 @@ class FaceEmbedderTraining(pl.LightningModule):
         rng = torch.Generator().manual_seed(self.seed + self.global_step)
         matrix = jittered_alignment(batch["landmarks"].cpu(), self.teacher.template.cpu(), rng)
         face = warp(batch["face"].float() / 255, matrix.to(self.device), self.teacher.crop_size)
-        face = augment(face, rng)
+        face = self._attacked(augment(face, rng), rng)
         with torch.no_grad():
             wanted = self.teacher.embed(face).float()
         given = self.embed(face)
@@ -154,6 +167,29 @@ class FaceEmbedderTraining(pl.LightningModule):
         self.log("cosine", cosine, prog_bar=True)
         self.log("relation", relation)
         return loss
+
+    def _attacked(self, face: Tensor, rng: torch.Generator) -> Tensor:
+        """Perturb the first faces of a batch against the student, by a few smoothed sign steps."""
+        count = round(self.adversarial * len(face))
+        if not count:
+            return face
+        clean = face[:count]
+        reach = float(torch.rand((), generator=rng)) * self.reach / 255
+        width = int(torch.randint(0, 4, (), generator=rng)) * 2 + 1
+        modes = [module for module in self.network.modules() if module.training]
+        self.network.eval()  # the attack must not move the running statistics
+        with torch.no_grad():
+            wanted = self.embed(clean)
+        moved = (torch.rand(clean.shape, generator=rng).to(face) * 2 - 1) * reach
+        for _ in range(2):
+            moved.requires_grad_(True)
+            cosine = (self.embed((clean + moved).clamp(0, 1)) * wanted).sum()
+            (gradient,) = torch.autograd.grad(cosine, moved)
+            soft = functional.avg_pool2d(gradient, width, stride=1, padding=width // 2)
+            moved = (moved.detach() - 0.7 * reach * soft.sign()).clamp(-reach, reach)
+        for module in modes:
+            module.training = True
+        return torch.cat([(clean + moved).clamp(0, 1), face[count:]])
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         """Embed held-out people with both networks, without augmentation."""
