@@ -15,6 +15,7 @@ Source:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,7 +33,7 @@ from shields.weights import WeightStore
 from trainers.data import augment, jittered_alignment
 from trainers.portrait_ae import with_cosine
 
-__all__ = ["FaceEmbedderTraining", "verification_accuracy", "verification_pairs"]
+__all__ = ["FaceEmbedderTraining", "attacked", "verification_accuracy", "verification_pairs"]
 
 
 def verification_pairs(identity: Tensor, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -79,6 +80,31 @@ def verification_accuracy(
     return right / len(same), sum(thresholds) / len(thresholds)
 
 
+def attacked(
+    face: Tensor, embed: Callable[[Tensor], Tensor], reach: float, rng: torch.Generator
+) -> Tensor:
+    """Move faces away from themselves, as one network sees it, by two softened sign steps.
+
+    Args:
+        face: (B, 3, H, W), [0, 1].
+        embed: The network, (B, 3, H, W) -> (B, D), unit length.
+        reach: Largest perturbation, levels; a random share of it is used.
+        rng: Draws the share, the start and how far gradients are softened, for the whole batch.
+    """
+    epsilon = float(torch.rand((), generator=rng)) * reach / 255
+    width = int(torch.randint(0, 4, (), generator=rng)) * 2 + 1
+    with torch.no_grad():
+        wanted = embed(face)
+    moved = (torch.rand(face.shape, generator=rng).to(face) * 2 - 1) * epsilon
+    for _ in range(2):
+        moved.requires_grad_(True)
+        cosine = (embed((face + moved).clamp(0, 1)) * wanted).sum()
+        (gradient,) = torch.autograd.grad(cosine, moved)
+        soft = functional.avg_pool2d(gradient, width, stride=1, padding=width // 2)
+        moved = (moved.detach() - 0.7 * epsilon * soft.sign()).clamp(-epsilon, epsilon)
+    return (face + moved).clamp(0, 1)
+
+
 class FaceEmbedderTraining(pl.LightningModule):
     """Distil embeddings and their similarities.
 
@@ -91,9 +117,10 @@ class FaceEmbedderTraining(pl.LightningModule):
         warmup: Steps until the peak.
         decay: Weight decay.
         pairs: Same and different pairs, each, that validation verifies.
-        adversarial: Share of each batch that is perturbed against the student, [0, 1]. The teacher
-            says what the perturbed faces look like to it, so the student loses the directions in
-            which it alone can be fooled, and what fools it carries over.
+        adversarial: Share of each batch that is perturbed, [0, 1], half of it against the student
+            and half against the teacher. The teacher says what it sees in them, so the student
+            loses the directions in which it alone can be fooled and learns those of the teacher;
+            what fools the one then carries over to the other.
         reach: Largest perturbation, levels.
         start: Checkpoint whose weights training begins with.
         seed: Fixes the augmentation.
@@ -169,27 +196,20 @@ class FaceEmbedderTraining(pl.LightningModule):
         return loss
 
     def _attacked(self, face: Tensor, rng: torch.Generator) -> Tensor:
-        """Perturb the first faces of a batch against the student, by a few smoothed sign steps."""
-        count = round(self.adversarial * len(face))
+        """Perturb the first faces of a batch, half against the student, half the teacher."""
+        count = round(self.adversarial * len(face) / 2)
         if not count:
             return face
-        clean = face[:count]
-        reach = float(torch.rand((), generator=rng)) * self.reach / 255
-        width = int(torch.randint(0, 4, (), generator=rng)) * 2 + 1
         modes = [module for module in self.network.modules() if module.training]
         self.network.eval()  # the attack must not move the running statistics
-        with torch.no_grad():
-            wanted = self.embed(clean)
-        moved = (torch.rand(clean.shape, generator=rng).to(face) * 2 - 1) * reach
-        for _ in range(2):
-            moved.requires_grad_(True)
-            cosine = (self.embed((clean + moved).clamp(0, 1)) * wanted).sum()
-            (gradient,) = torch.autograd.grad(cosine, moved)
-            soft = functional.avg_pool2d(gradient, width, stride=1, padding=width // 2)
-            moved = (moved.detach() - 0.7 * reach * soft.sign()).clamp(-reach, reach)
+        parts = [
+            attacked(face[:count], self.embed, self.reach, rng),
+            attacked(face[count : 2 * count], self.teacher.embed, self.reach, rng),
+            face[2 * count :],
+        ]
         for module in modes:
             module.training = True
-        return torch.cat([(clean + moved).clamp(0, 1), face[count:]])
+        return torch.cat(parts)
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         """Embed held-out people with both networks, without augmentation."""
