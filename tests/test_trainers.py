@@ -26,7 +26,12 @@ from trainers import TRAINERS
 from trainers.cli import app
 from trainers.data import FacePack, FacePacks, augment, held_out, jittered_alignment, random_crop
 from trainers.export import Recipe, export
-from trainers.face_embedder import FaceEmbedderTraining, verification_accuracy, verification_pairs
+from trainers.face_embedder import (
+    FaceEmbedderTraining,
+    attacked,
+    verification_accuracy,
+    verification_pairs,
+)
 from trainers.pack import pack
 from trainers.portrait_ae import PortraitAutoencoderTraining
 
@@ -223,6 +228,45 @@ class TestData:
         assert changed.min() >= 0
         assert changed.max() <= 1
         assert (changed - face).abs().mean() > 0.02
+
+
+class TestAttacked:
+    def test_faces_move_away_from_themselves_within_reach(self) -> None:
+        network, face = tiny.recognizer(), tiny.faces_image(6, 32)[..., :24]
+        moved = attacked(face, network.embed, 16.0, torch.Generator().manual_seed(3))
+        assert 0 < (moved - face).abs().max() <= 16 / 255 + 1e-6
+        assert moved.min() >= 0
+        assert moved.max() <= 1
+        cosine = (network.embed(moved) * network.embed(face)).sum(dim=1)
+        noise = (torch.rand(face.shape) * 2 - 1) * float((moved - face).abs().max())
+        by_chance = (network.embed(face + noise) * network.embed(face)).sum(dim=1)
+        assert (cosine < by_chance).all()
+
+    @pytest.mark.usefixtures("teachers")
+    def test_half_is_aimed_at_each_network_and_modes_are_restored(self) -> None:
+        module = small("face-embedder", adversarial=0.5)
+        module.network.train()
+        before = {name: value.clone() for name, value in module.network.state_dict().items()}
+        face = torch.rand(8, 3, 112, 96, generator=torch.Generator().manual_seed(0))
+        moved = module._attacked(face, torch.Generator().manual_seed(1))
+        changed = (moved != face).flatten(1).any(dim=1).tolist()
+        assert changed == [True] * 4 + [False] * 4
+        assert all(part.training for part in module.network.modules())
+        for name, value in module.network.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+    @pytest.mark.usefixtures("teachers")
+    def test_second_stage_begins_with_the_weights_of_the_first(
+        self, packed: Path, tmp_path: Path
+    ) -> None:
+        first = small("face-embedder")
+        trainer(tmp_path, max_steps=1).fit(first, packs(packed, batches=1))
+        second = small("face-embedder", start=tmp_path / "last.ckpt", adversarial=0.5)
+        for name, value in first.state_dict().items():
+            assert torch.equal(value, second.state_dict()[name]), name
+        trainer(tmp_path / "second", max_steps=1).fit(second, packs(packed, batches=1))
+        pairs = zip(first.parameters(), second.parameters(), strict=True)
+        assert any(not torch.equal(a, b) for a, b in pairs)
 
 
 class TestVerification:
