@@ -143,6 +143,8 @@ class Shield:
         region: "face" protects every face and raises where there is none, "photo" the whole photo,
             "auto" the faces or, without one, the whole photo.
         size: Side of the working image, pixels; the perturbation is resized to the photo.
+        margin: Side of the square around a face, in longer sides of its box. Recognizers look at
+            about 1.2; more would show more and protect no better.
         seed: With the photo's own content it fixes every draw, so the order of photos is free.
         device: Where working images are put; the protector's networks must be there.
         method: Name for reports; the protector's class where left out.
@@ -155,6 +157,7 @@ class Shield:
         detector: Detector | None,
         region: RegionMode = "auto",
         size: int = 256,
+        margin: float = 1.6,
         seed: int = 0,
         device: torch.device | str = "cpu",
         method: str | None = None,
@@ -166,7 +169,7 @@ class Shield:
         if size < 64:
             raise ConfigError(f"`size` must be at least 64 pixels, got {size}")
         self.protector, self.detector = protector, detector
-        self.region, self.size, self.seed = region, size, seed
+        self.region, self.size, self.margin, self.seed = region, size, margin, seed
         self.device = torch.device(device)
         self.method = method or type(protector).__name__
 
@@ -189,7 +192,8 @@ class Shield:
             face = faces[0] if faces else None
             return (Region(placement=place(None, photo, size=self.size), face=face),), notes
         regions = (
-            Region(placement=place(face, photo, size=self.size), face=face) for face in faces
+            Region(placement=place(face, photo, margin=self.margin, size=self.size), face=face)
+            for face in faces
         )
         return tuple(regions), ()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,12 +14,28 @@ from trainers import TRAINERS
 
 __all__ = ["app"]
 
+#: LightningCLI's subcommands, all of whose flags are passed on
+_VERBS = {
+    "fit": "Train; --config FILE, any --trainer.*, --data.*, --model.* flag, --ckpt_path last.",
+    "validate": "Measure a checkpoint on held-out people: --ckpt_path FILE.",
+}
+
 app = typer.Typer(
     help="Train the networks that protections are made of.",
-    epilog="First pack photos (`shields train pack lfw.tar .data/lfw.safetensors`), then "
-    "`shields train run portrait-ae fit --config trainers/configs/portrait-ae.yaml`.",
+    epilog="First `shields train pack lfw.tar .data/lfw.safetensors`, then "
+    "`shields train portrait-ae fit --config trainers/configs/portrait-ae.yaml`.",
     no_args_is_help=True,
+    add_completion=False,
 )
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except ShieldsError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
 
 
 @app.command()
@@ -33,77 +50,55 @@ def pack(
 
     if not source.exists():
         raise typer.BadParameter(f"there is no {source}")
-    report = run(source, output, size=size, margin=margin)
+    with _one_line_errors():
+        report = run(source, output, size=size, margin=margin)
     typer.echo(f"{report.faces} faces of {report.identities} people in {output}")
     for name, reason in report.skipped.items():
         typer.echo(f"left out {name}: {reason}", err=True)
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
-def run(context: typer.Context, name: str) -> None:
-    """Run a trainer: every LightningCLI subcommand and Trainer flag works.
+def _lightning(name: str, verb: str) -> Callable[[typer.Context], None]:
+    def command(context: typer.Context) -> None:
+        from pytorch_lightning.cli import LightningCLI
 
-    `shields train run portrait-ae fit --config trainers/configs/portrait-ae.yaml`; the subcommand
-    `--help` lists all flags, `--ckpt_path last` resumes.
-    """
-    from pytorch_lightning.cli import LightningCLI
+        from trainers.data import FacePacks
 
-    from trainers.data import FacePacks
+        with _one_line_errors():
+            LightningCLI(
+                TRAINERS[name],
+                FacePacks,
+                args=[verb, *context.args],
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},
+            )
 
-    try:
-        module = TRAINERS[name]
-        LightningCLI(
-            module,
-            FacePacks,
-            args=context.args,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-        )
-    except ShieldsError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    return command
 
 
-@app.command()
-def export(
-    name: Annotated[str, typer.Argument(help=f"One of {', '.join(TRAINERS)}.")],
-    checkpoint: Annotated[Path, typer.Argument(help="A Lightning checkpoint of that trainer.")],
-    pack_file: Annotated[Path, typer.Option("--pack", help="Held-out people to measure on.")],
-    folder: Annotated[Path, typer.Option("--to", help="Where to write.")] = Path("checkpoints"),
-) -> None:
-    """Measure a checkpoint on held-out people and write safetensors and card."""
-    import pytorch_lightning as pl
+def _export(name: str) -> Callable[[Path, Path, Path, str], None]:
+    def command(
+        checkpoint: Annotated[Path, typer.Argument(help="A Lightning checkpoint of this trainer.")],
+        pack_file: Annotated[Path, typer.Option("--pack", help="Held-out people to measure on.")],
+        folder: Annotated[Path, typer.Option("--to", help="Where to write.")] = Path("checkpoints"),
+        remarks: Annotated[str, typer.Option(help="What the card shall say beside.")] = "",
+    ) -> None:
+        """Measure a checkpoint on held-out people and write safetensors and card."""
+        from trainers.export import export_checkpoint
 
-    from trainers.data import FacePacks
-    from trainers.export import Recipe
-    from trainers.export import export as write
+        with _one_line_errors():
+            typer.echo(export_checkpoint(name, checkpoint, pack_file, folder, remarks))
 
-    try:
-        module = TRAINERS[name].load_from_checkpoint(checkpoint, map_location="cpu")  # type: ignore[attr-defined]
-        data = FacePacks([pack_file])
-        trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="auto")
-        (results,) = trainer.validate(module, data, verbose=False)
-        state, config = module.export()
-        steps = int(_steps_of(checkpoint))
-        recipe = Recipe(
-            name=name,
-            command=f"shields train run {name} fit --config trainers/configs/{name}.yaml",
-            seed=int(module.hparams.seed),
-            steps=steps,
-            **module.CARD,
-        )
-        card = write(state, config, recipe, dict(results), folder)
-    except ShieldsError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    sys.stdout.write(f"{card}\n")
+    return command
 
 
-def _steps_of(checkpoint: Path) -> int:
-    import torch
-
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    return int(content["global_step"])
+for _name in TRAINERS:
+    _trainer = typer.Typer(help=f"Train, measure and export {_name}.", no_args_is_help=True)
+    for _verb, _help in _VERBS.items():
+        _trainer.command(
+            _verb,
+            help=_help,
+            add_help_option=False,
+            context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        )(_lightning(_name, _verb))
+    _trainer.command("export")(_export(_name))
+    app.add_typer(_trainer, name=_name)

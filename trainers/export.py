@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from shields.errors import OutputError
 from shields.provenance import hardware, revision
 
-__all__ = ["Recipe", "export"]
+__all__ = ["Recipe", "export", "export_checkpoint"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Recipe:
     command: str
     seed: int
     steps: int
+    remarks: str = ""
 
 
 def _toml(value: object) -> str:
@@ -85,6 +87,7 @@ def export(
         "bytes": weights.stat().st_size,
         "licence": recipe.licence,
         "source": "trained by this project",
+        "remarks": recipe.remarks,
     }
     training = {
         "data": recipe.data,
@@ -103,3 +106,36 @@ def export(
     card = folder / f"{recipe.name}.toml"
     card.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return card
+
+
+def export_checkpoint(
+    name: str, checkpoint: Path, pack: Path, folder: Path, remarks: str = ""
+) -> Path:
+    """Measure a Lightning checkpoint on the held-out people of a pack, then `export` it.
+
+    Args:
+        name: The trainer's name in `TRAINERS`, and the card's.
+        checkpoint: What the trainer saved.
+        pack: A file made by `trainers.pack`.
+        folder: Usually `checkpoints/`.
+        remarks: What the card shall say beside what is known here.
+    """
+    import pytorch_lightning as pl
+
+    from trainers import TRAINERS
+    from trainers.data import FacePacks
+
+    kind: Any = TRAINERS[name]
+    module = kind.load_from_checkpoint(checkpoint, map_location="cpu")
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="auto")
+    (results,) = trainer.validate(module, FacePacks([pack]), verbose=False)
+    state, config = module.export()
+    recipe = Recipe(
+        name=name,
+        command=f"shields train {name} fit --config trainers/configs/{name}.yaml",
+        seed=int(module.seed),
+        steps=int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]),
+        remarks=remarks,
+        **kind.CARD,
+    )
+    return export(state, config, recipe, dict(results), folder)
