@@ -154,7 +154,7 @@ class FaceEmbedderTraining(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["start"])
         self.network = FaceEmbedder(widths=widths, blocks=blocks)
         self.network = self.network.to(memory_format=torch.channels_last)
         self.relation_weight, self.rate, self.warmup = relation_weight, rate, warmup
