@@ -31,7 +31,8 @@ lint: $(VENV)/.installed  ## style and types
 	$(RUN)/mypy
 
 bench: $(VENV)/.installed  ## speed against a plainly written reference, side by side in one run
-	$(RUN)/python -m pytest tests/bench -q --benchmark-only --benchmark-json=out/bench.json
+	@mkdir -p out
+	$(RUN)/python -m pytest tests/bench -q -s --benchmark-only --benchmark-json=out/bench.json
 
 table: $(VENV)/.installed  ## what the default does, on the CelebA-HQ samples (needs ../shared)
 	$(RUN)/python -m robustness.default_report --stealth --readme README.md

@@ -293,6 +293,18 @@ def _insert(readme: Path, table: str) -> None:
     readme.write_text(f"{head}{begin}\n{table}\n{end}{tail}", encoding="utf-8")
 
 
+def _command(
+    levels: list[float] | None, optimised: list[str] | None, limit: int | None, *, stealth: bool
+) -> str:
+    """What has to be typed to get the same figures."""
+    words = ["python -m robustness.default_report"]
+    words += [f"--levels {budget:g}" for budget in levels or ()]
+    words += [f"--optimised {pair}" for pair in optimised or ()]
+    words += ["--stealth"] if stealth else []
+    words += [] if limit is None else [f"--limit {limit}"]
+    return " ".join(words)
+
+
 app = typer.Typer(add_completion=False)
 
 
@@ -338,7 +350,7 @@ def main(
     for plan in plans:
         rows += _measure(plan, judged, judges, work / plan.key())
     report = {
-        "command": "python -m robustness.default_report" + (" --stealth" if stealth else ""),
+        "command": _command(levels, optimised, limit, stealth=stealth),
         "commit": revision(),
         "hardware": hardware(),
         "torch": torch.__version__,

@@ -35,6 +35,7 @@ __all__ = [
     "Outcome",
     "Writing",
     "find_record",
+    "made_from",
 ]
 
 MANIFEST = ".shields.jsonl"
@@ -105,6 +106,14 @@ def find_record(protected: Path) -> dict[str, Any] | None:
             if record is not None and record["status"] == "protected":
                 return record
     return None
+
+
+def made_from(protected: Path) -> Path | None:
+    """The photo that a result was made from; None where it is no result, or not as it was made."""
+    record = find_record(protected)
+    if record is None or record["output_sha256"] != _sha256(protected):
+        return None
+    return Path(record["source"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,11 +192,13 @@ class Batch:
         check_writable(job.output.parent)
         manifest = self._manifests.setdefault(job.root, Manifest(job.root))
         state = manifest.state(job, source, self.settings)
-        if state == "done" and not self.writing.overwrite:
-            record = manifest.find(job.output) or {}
-            return Outcome(job=job, status="skipped", details=record["details"])
-        self._check_free(job.output, known=state in {"free", "ours", "done"})
         before, sheet = manifest.find(job.output), self._sheet(job)
+        if state == "done" and before is not None and not self.writing.overwrite:
+            details = before["details"]
+            # A picture that is asked for only now is drawn by doing the photo once more.
+            if sheet is None or (details["sheet"] == str(sheet) and sheet.exists()):
+                return Outcome(job=job, status="skipped", details=details)
+        self._check_free(job.output, known=state in {"free", "ours", "done"})
         if sheet is not None:
             check_writable(sheet.parent)
             known = before is not None and before["details"]["sheet"] == str(sheet)

@@ -145,7 +145,7 @@ def protect(
     seed: Annotated[
         int,
         typer.Option(
-            help="The same seed, photo and settings give the same bits.",
+            help="The same seed, photo and settings give the same bits on a CPU.",
             rich_help_panel=_PROTECTION,
         ),
     ] = 0,

@@ -93,10 +93,12 @@ def write_json(document: dict[str, Any]) -> None:
 
 @contextmanager
 def errors(*, as_json: bool, code: int = 2) -> Iterator[None]:
-    """Turn a known error into its message and an exit code."""
+    """Turn a known error, or one of the file system, into its message and an exit code."""
     try:
         yield
-    except ShieldsError as error:
+    except BrokenPipeError:  # a reader that has seen enough, such as `head`; typer knows that
+        raise
+    except (ShieldsError, OSError) as error:
         fail(str(error))
         if as_json:
             write_json({"error": str(error), "kind": type(error).__name__})

@@ -200,9 +200,11 @@ def show(name: str, weights_dir: WeightsDir = None, as_json: AsJson = False) -> 
 @app.command()
 def pull(name: str, weights_dir: WeightsDir = None, as_json: AsJson = False) -> None:
     """Fetch the weights of a card into the user cache; the only command that downloads."""
-    with errors(as_json=as_json, code=1):
+    with errors(as_json=as_json):
         store = store_at(weights_dir, download=True)
-        path = store.find(store.card(name))
+        card = store.card(name)
+    with errors(as_json=as_json, code=1):
+        path = store.find(card)
         if as_json:
             write_json({"name": name, "path": str(path)})
         else:

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 
 import shields
-from shields.batch import Batch, Outcome, Writing
+from shields.batch import Batch, Outcome, Writing, made_from
 from shields.cli_common import fail, out, plain, progress_console, say, store_at, warn, write_json
 from shields.cli_verify import lpips, rows, table
 from shields.errors import ConfigError, OutputError
@@ -126,7 +126,9 @@ def _format(request: Request) -> str:
 
 def _warnings(config: ProtectorConfig, suffix: str, request: Request) -> Iterator[str]:
     step = getattr(config, "step", None)
-    if config.norm == "linf" and step is not None and step > config.levels > 0:
+    # A single step, as FGSM has it, is meant to end at the bounds.
+    walks = getattr(config, "steps", 1) > 1
+    if walks and config.norm == "linf" and step is not None and step > config.levels > 0:
         yield (
             f"a step of {step:g} levels is longer than the budget of {config.levels:g}: "
             "values will jump from bound to bound; try --set step="
@@ -192,7 +194,7 @@ def run(request: Request) -> int:
         robust=request.robust,
         stealth=request.stealth,
     )
-    jobs = plan(request.photos, request.out, suffix=suffix)
+    jobs = plan(request.photos, request.out, suffix=suffix, made_from=made_from)
     store = store_at(request.weights_dir)
     shield = _shield(request, config, store)
     _check_places(request, jobs)

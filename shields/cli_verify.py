@@ -131,6 +131,8 @@ def _protector(
         )
     except ShieldsError as error:
         return None, str(error)
+    except (KeyError, TypeError) as error:  # settings that came or went with a version
+        return None, f"made by another version of shields: {error}"
     return loaded, None
 
 

@@ -128,13 +128,15 @@ def warp(image: Image, matrix: Tensor, size: tuple[int, int]) -> Image:
     An image that shrinks by 2 or more is first reduced by a power of 2 with antialiasing.
 
     Args:
-        image: (B, 3, H, W).
+        image: (B, 3, H, W); half precision is warped in float32.
         matrix: (B, 2, 3), crop-from-image. One that lies on the CPU spares a GPU a wait.
         size: Height and width of the result.
 
     Returns:
         (B, 3, *size).
     """
+    if torch.finfo(image.dtype).bits < 32:  # what a network gives under autocast
+        image = image.float()  # the coordinates below take its type, and need more than 8 bits
     halvings = _halvings(matrix)
     grid = _grid(matrix.to(image), image.shape[2:], size)
     if len(set(halvings)) == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,14 +54,26 @@ def _inside(folder: Path, out: Path | None) -> list[Path]:
     return found
 
 
-def plan(inputs: Sequence[str | Path], out: Path | None, *, suffix: str = ".png") -> list[Job]:
-    """Decide for every photo where its result goes; nothing is read or written yet.
+def _unknown(_path: Path) -> None:
+    return
+
+
+def plan(
+    inputs: Sequence[str | Path],
+    out: Path | None,
+    *,
+    suffix: str = ".png",
+    made_from: Callable[[Path], Path | None] = _unknown,
+) -> list[Job]:
+    """Decide for every photo where its result goes; nothing is written yet.
 
     Args:
         inputs: Photos, folders (searched to the bottom) and globs.
         out: A file for a single photo, or a folder, whose tree follows that of the input; where
             left out, results lie beside their photos as NAME-protected.
         suffix: Of the results, with its dot.
+        made_from: Tells the photo of an earlier result. A result that is named together with its
+            photo, as a glob does when it is run again, is left out.
 
     Raises:
         ConfigError: An input is missing or empty, or a result would replace an original.
@@ -80,6 +92,10 @@ def plan(inputs: Sequence[str | Path], out: Path | None, *, suffix: str = ".png"
     else:
         jobs = _spread(list(_sources(paths, len(folders), out)), out, suffix)
     originals = {job.source.resolve() for job in jobs}
+    marked = [path for path in paths if out is None and path.stem.endswith(_MARK)]
+    if results := [path for path in marked if path.is_file() and made_from(path) in originals]:
+        rest = [path for path in paths if path not in results]
+        return plan(rest, out, suffix=suffix, made_from=made_from)
     for job in jobs:
         if job.output.resolve() in originals:
             raise ConfigError(

@@ -138,13 +138,16 @@ class _Walk:
         self.low, self.high = budget.bounds(image, mask)
         self.mask = mask
         if config.space == "tanh":
-            inside = ((image + start) * 2 - 1) * (1 - 1e-6)
-            self.variable = torch.zeros_like(image) if config.start == "grey" else inside.atanh()
+            grey = config.start == "grey"
+            self.variable = torch.zeros_like(image) if grey else self._w(start)
         else:
             self.variable = start.clone()
         self.velocity = torch.zeros_like(image)
         self.moments = (torch.zeros_like(image), torch.zeros_like(image))
         self.smoother = _Smoother(config.smooth, image.device) if config.smooth else None
+
+    def _w(self, perturbation: Perturbation) -> Tensor:
+        return (((self.image + perturbation) * 2 - 1) * (1 - 1e-6)).atanh()
 
     def perturbation(self, variable: Tensor) -> Perturbation:
         if self.config.space == "pixel":
@@ -180,6 +183,8 @@ class _Walk:
         self.variable = self.variable + update
         if self.config.space == "pixel":
             self.variable = self.budget.project(self.variable, self.low, self.high)
+        elif self.config.start != "grey":  # from mid grey on nothing could stay inside
+            self.variable = self._w(self.enforced())
 
 
 def _gradient(

@@ -249,13 +249,14 @@ def _exif(image: Image.Image) -> Image.Exif:
 def _kept_exif(source: Image.Exif, size: tuple[int, int], notes: list[str]) -> bytes | None:
     """EXIF that describes the photo: no orientation, thumbnail, maker note or file structure."""
     try:
-        kept, sides = Image.Exif(), dict(zip((0xA002, 0xA003), size, strict=True))
+        # What is true of the pixels as written: width, height, and 1 for sRGB.
+        kept, ours = Image.Exif(), dict(zip((0xA002, 0xA003, 0xA001), (*size, 1), strict=True))
         for tag in _KEPT_TAGS & set(source):
             kept[tag] = source[tag]
         for block in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
             values = {k: v for k, v in source.get_ifd(block).items() if k not in _DROPPED_TAGS}
             if values:
-                kept[block] = values | {k: v for k, v in sides.items() if k in values}
+                kept[block] = values | {k: v for k, v in ours.items() if k in values}
         return kept.tobytes() if len(kept) else None
     except Exception as error:  # as above
         notes.append(f"EXIF not usable ({_reason(error)}), dropped")

@@ -166,8 +166,8 @@ class Shield:
             raise ConfigError(f"`region` must be face, photo or auto, got {region!r}")
         if detector is None and region != "photo":
             raise ConfigError(f'`region="{region}"` needs a detector; pass one or use "photo"')
-        if size < 64:
-            raise ConfigError(f"`size` must be at least 64 pixels, got {size}")
+        if size < 64 or size % 8:
+            raise ConfigError(f"`size` must be at least 64 pixels, in steps of 8, got {size}")
         self.protector, self.detector = protector, detector
         self.region, self.size, self.margin, self.seed = region, size, margin, seed
         self.device = torch.device(device)

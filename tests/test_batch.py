@@ -320,6 +320,17 @@ def test_sheets_show_three_panels_and_spare_other_files(tmp_path: Path) -> None:
     assert "a-sheet.png exists" in str(other.error)
 
 
+def test_a_sheet_that_is_asked_for_later_is_drawn(tmp_path: Path) -> None:
+    picture(tmp_path / "in/a.png")
+    work(tmp_path / "in", tmp_path / "out")
+    writing = Writing(sheet=tmp_path / "sheets")
+    for expected in ("protected", "skipped"):
+        outcome = work(tmp_path / "in", tmp_path / "out", writing=writing)["a.png"]
+        assert outcome.status == expected
+        assert Path(outcome.details["sheet"]).is_file()
+    assert statuses(work(tmp_path / "in", tmp_path / "out")) == {"a.png": "skipped"}
+
+
 SLOW = """
     import sys, time
     from pathlib import Path

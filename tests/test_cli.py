@@ -118,6 +118,22 @@ def test_a_folder_is_protected_resumed_and_summarised(
     assert "2 protected, 0 skipped" in other.stdout
 
 
+def test_a_glob_is_resumed_although_it_now_finds_results_too(tmp_path: Path, pushing: str) -> None:
+    photos = [picture(tmp_path / name) for name in ("a.png", "b.png")]
+    command = ["--method", pushing, "--region", "photo"]
+    assert shields("protect", *photos, *command).exit_code == 0
+    everything = sorted(tmp_path.glob("*.png"))
+    assert len(everything) == 4
+    again = shields("protect", *everything, *command)
+    assert "0 protected, 2 skipped, 0 failed of 2" in again.stdout, again.stderr
+    alone = shields("protect", tmp_path / "a-protected.png", *command)
+    assert alone.exit_code == 0, "a result that is named alone is a photo like any other"
+    picture(tmp_path / "b-protected.png", seed=8)  # an original of the user, by its content
+    before = (tmp_path / "b-protected.png").read_bytes()
+    assert shields("protect", *everything, *command, "--overwrite").exit_code == 2
+    assert (tmp_path / "b-protected.png").read_bytes() == before
+
+
 def test_the_embedded_default_needs_no_options(astronaut: Path) -> None:
     store = WeightStore()
     try:
@@ -178,6 +194,9 @@ def test_a_step_beyond_the_budget_is_warned_of(tmp_path: Path, weights: Path) ->
     )
     assert done.exit_code == 0
     assert "a step of 9 levels is longer than the budget of 4" in done.stderr
+    once = shields("protect", photo, *tiny_networks(weights), "--method", "fgsm", "--overwrite")
+    assert once.exit_code == 0
+    assert "warning" not in once.stderr, "one step is meant to end at the bounds"
 
 
 # -- plug-ins

@@ -56,6 +56,7 @@ def test_cards_are_listed_shown_and_verified(weights: Path) -> None:
     (weights / "small-ae.safetensors").unlink()
     assert shields("models", "verify", "small-ae", *place).exit_code == 1
     assert shields("models", "pull", "small-ae", *place).exit_code == 1
+    assert shields("models", "pull", "small-eel", *place).exit_code == 2
     assert shields("models", "show", "small-eel", *place).exit_code == 2
 
 

@@ -24,6 +24,8 @@ from tests.test_batch import picture
         (["--levels", "nan"], "`levels` must be 0 or more"),
         (["--steps", "0"], "`steps` must be a whole number"),
         (["--size", "3"], "at least 64"),
+        (["--size", "250"], "steps of 8"),
+        (["n" * 300 + ".jpg"], "File name too long"),
         (["--device", "cuda:99"], "--device cpu"),
         (["--device", "abacus"], "no device is called 'abacus'"),
         (["--weights-dir", "nowhere"], "is not a folder"),
@@ -102,10 +104,16 @@ def test_sizes_that_differ_are_judged_bad(tmp_path: Path) -> None:
     )
 
 
-def test_a_report_about_other_photos_is_refused(tmp_path: Path) -> None:
+def test_a_report_of_other_photos_or_another_version_is_noticed(tmp_path: Path) -> None:
     photo = picture(tmp_path / "a.png")
     (tmp_path / "r.json").write_text('{"photos": [], "run": {}}')
     done = shields("verify", photo, photo, "--report", tmp_path / "r.json")
     assert done.exit_code == 2
+    run = {"method": "encoder", "config": {"sharpness": 3}, "networks": {}}
+    photos = [{"output": "a.png", "regions": []}]
+    (tmp_path / "r.json").write_text(json.dumps({"photos": photos, "run": run}))
+    done = shields("verify", photo, photo, "--report", tmp_path / "r.json", "--json")
+    assert done.exit_code == 0, done.output
+    assert "another version" in json.loads(done.stdout)["objective_missing"]
     (tmp_path / "r.json").write_text("[1")
     assert shields("verify", photo, photo, "--report", tmp_path / "r.json").exit_code == 2

@@ -12,7 +12,16 @@ from PIL import Image as PILImage
 from skimage.data import astronaut
 from typer.testing import CliRunner
 
-from robustness.default_report import ATTACKS, PAIRS, Plan, _insert, app, render, summarise
+from robustness.default_report import (
+    ATTACKS,
+    PAIRS,
+    Plan,
+    _command,
+    _insert,
+    app,
+    render,
+    summarise,
+)
 from shields.errors import ImageError
 from shields.weights import WeightStore
 
@@ -73,6 +82,13 @@ def test_table_goes_between_the_markers_and_nowhere_else(tmp_path: Path) -> None
     readme.write_text("no markers")
     with pytest.raises(ImageError, match="lacks the markers"):
         _insert(readme, "new")
+
+
+def test_the_command_that_is_reported_is_the_one_that_was_given() -> None:
+    assert _command(None, None, None, stealth=False) == "python -m robustness.default_report"
+    assert _command([4.0, 7.65], ["embedded"], 6, stealth=True).endswith(
+        " --levels 4 --levels 7.65 --optimised embedded --stealth --limit 6"
+    )
 
 
 def test_plans_differ_by_every_setting() -> None:

@@ -333,6 +333,11 @@ class TestDesigns:
         assert (int(columns.min()), int(columns.max())) == (3, 18)
         assert (int(rows.min()), int(rows.max())) == (5, 12)
         assert region.sum() == 16 * 8
+        turned = torch.tensor([[[0.47, 0.13, -7.3], [-0.13, 0.47, 3.1]]])
+        plain = face_region(turned, (32, 24), torch.zeros(1, 3, 120, 130))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = face_region(turned, (32, 24), torch.zeros(1, 3, 120, 130))
+        assert torch.equal(cast, plain)
 
 
 class TestPresets:

@@ -195,6 +195,15 @@ def test_autocast_does_not_blur_coordinates() -> None:
     torch.testing.assert_close(cast.float(), plain, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_networks_give_under_autocast_is_looked_at_in_the_same_places(
+    dtype: torch.dtype,
+) -> None:
+    half = _image(1, 3, 200, 200).to(dtype)
+    matrix = similarity(_image(1, 5, 2, seed=3) * 180, _TEMPLATE)
+    assert torch.equal(warp(half, matrix, (32, 24)), warp(half.float(), matrix, (32, 24)))
+
+
 # --- place, crop, paste ---------------------------------------------------------------------------
 
 

@@ -72,6 +72,14 @@ class TestGradientProtectors:
         )
         assert torch.equal(ours, theirs)
 
+    def test_id_guards_baselines_take_ten_steps_of_a_fifth_of_the_budget(self):
+        for config in (IfgsmConfig.idguard(), PgdProtectorConfig.idguard()):
+            assert (config.levels, config.step, config.steps) == (6.375, 1.275, 10)
+        assert (IfgsmConfig.idguard().start, PgdProtectorConfig.idguard().start) == (
+            "zero",
+            "uniform",
+        )
+
     def test_an_unknown_objective_is_refused(self):
         with pytest.raises(ConfigError, match="objective"):
             PgdProtectorConfig(objective="world-peace")

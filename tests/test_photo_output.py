@@ -25,7 +25,8 @@ def _metadata() -> Image.Exif:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     exif[ExifTags.Base.Model] = "Camera 1"
-    exif[ExifTags.IFD.Exif] = {0x9003: "2024:05:06 07:08:09", 0x927C: b"preview" * 9, 0xA002: 32}
+    camera = {0x9003: "2024:05:06 07:08:09", 0x927C: b"preview" * 9, 0xA001: 65535, 0xA002: 32}
+    exif[ExifTags.IFD.Exif] = camera
     exif[ExifTags.IFD.GPSInfo] = {1: "N", 2: (48.0, 51.0, 30.0)}
     return exif
 
@@ -58,6 +59,7 @@ def test_metadata_is_kept_on_request_without_orientation(tmp_path: Path, suffix:
         camera = exif.get_ifd(ExifTags.IFD.Exif)
         assert camera[0x9003] == "2024:05:06 07:08:09"
         assert camera[0xA002] == photo.width == 24
+        assert camera[0xA001] == 1, "whatever the photo's colours were, the pixels are sRGB now"
         assert exif.get_ifd(ExifTags.IFD.GPSInfo)[2] == (48.0, 51.0, 30.0)
     assert b"preview" not in path.read_bytes()
     assert np.array_equal(read(path).pixels.shape, photo.pixels.shape)

@@ -162,6 +162,28 @@ class TestCw:
         low, high = faithful.config.budget.bounds(image, mask)
         assert torch.allclose(change, (0.5 - image).clamp(low, high), atol=1e-5)
 
+    def test_more_steps_gain_more_although_the_result_is_clipped(self, network, image, mask):
+        values = []
+        for steps in (5, 40):
+            protector = Cw(CwConfig(steps=steps), autoencoder=network)
+            change = protector(image, mask, rng=generator())
+            values.append(protector.evaluate(image, image + change, mask))
+        assert (values[1] > values[0]).all()
+
+    def test_hardened_the_encoder_sees_transforms_and_the_penalty_the_photo(
+        self, network, image, mask
+    ):
+        config = CwConfig(weight=1e-6).hardened()
+        assert config.keep == "last"
+        protector = Cw(config, autoencoder=network)
+        assert protector.transform() is None
+        objective = protector.objective(image, mask, landmarks=None, rng=generator())
+        values = torch.stack(
+            [objective(image, Step(index=0, total=1, rng=generator(seed))) for seed in range(8)]
+        )
+        assert (values >= 0).all(), "the photo itself has not changed"
+        assert values.max() > 0
+
     def test_presets_are_the_parameter_card(self):
         for config in (CwConfig.paper(), CwConfig.faithful()):
             assert (config.levels, config.step, config.steps) == (5.1, 0.03, 100)
@@ -273,8 +295,9 @@ class TestDiffusion:
         assert self.calls(instructed, image, prompt="a hat") == 6
         assert self.calls(instructed, image, prompt="a hat", image_guidance=1.0) == 4
 
-    def test_three_way_guidance_is_the_papers_sum(self, instructed):
-        config = self.small(prompt="a hat", guidance=7.5, image_guidance=1.5)
+    @pytest.mark.parametrize("guidance", [7.5, 1.0])
+    def test_three_way_guidance_is_the_papers_sum(self, instructed, guidance):
+        config = self.small(prompt="a hat", guidance=guidance, image_guidance=1.5)
         predict = PhotoGuardDiffusion(config, diffusion=instructed)._guided()
         latent, condition = (torch.randn(1, 4, 8, 8, generator=generator(s)) for s in (1, 2))
         empty, told = instructed.embed(""), instructed.embed("a hat")
@@ -282,7 +305,7 @@ class TestDiffusion:
             nothing = instructed.predict(latent, 500, empty, torch.zeros_like(condition))
             photo = instructed.predict(latent, 500, empty, condition)
             both = instructed.predict(latent, 500, told, condition)
-            expected = nothing + 1.5 * (photo - nothing) + 7.5 * (both - photo)
+            expected = nothing + 1.5 * (photo - nothing) + guidance * (both - photo)
             found = predict(latent, 500, condition)
         assert torch.allclose(found, expected, atol=1e-4)
 

@@ -170,6 +170,13 @@ class TestPack:
         assert result.exit_code == 0
         assert "2 faces of 1 people" in result.output
         assert "meadow.png: no face" in result.output
+        nothing = [source / "broken.jpg", source.parent / "meadow"]
+        nothing[1].mkdir()
+        (source / "meadow.png").rename(nothing[1] / "meadow.png")
+        for wrong in nothing:
+            result = CliRunner().invoke(app, ["pack", str(wrong), str(output)])
+            assert result.exit_code == 2
+            assert result.output.splitlines()[-1].startswith("error: ")
 
 
 class TestData:
@@ -262,6 +269,7 @@ class TestAttacked:
         first = small("face-embedder")
         trainer(tmp_path, max_steps=1).fit(first, packs(packed, batches=1))
         second = small("face-embedder", start=tmp_path / "last.ckpt", adversarial=0.5)
+        second.setup("fit")
         for name, value in first.state_dict().items():
             assert torch.equal(value, second.state_dict()[name]), name
         trainer(tmp_path / "second", max_steps=1).fit(second, packs(packed, batches=1))

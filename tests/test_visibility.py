@@ -49,3 +49,13 @@ def test_stealth_stays_below_the_threshold_and_inside_the_budget() -> None:
     assert (stealthy <= just_noticeable(image) + 1e-3).all()
     assert stealthy.max() <= 12 + 1e-3
     assert stealthy.mean() < 0.8 * plain.mean()
+
+
+@pytest.mark.parametrize("norm", ["l2", "none"])
+def test_stealth_holds_for_budgets_that_are_no_box(norm: str) -> None:
+    image, points = tiny.faces_image(2, 32), tiny.landmarks(2, 32)
+    config = CvlConfig(steps=4, step=64.0, levels=4000.0, norm=norm, stealth=True)
+    protector = Cvl(config, recognizer=tiny.recognizer())
+    change = protector(image, rng=torch.Generator().manual_seed(0), landmarks=points).abs() * 255
+    assert (change <= just_noticeable(image) + 1e-3).all()
+    assert (change > 0.9 * just_noticeable(image)).float().mean() > 0.3

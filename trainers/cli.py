@@ -75,18 +75,23 @@ def _lightning(name: str, verb: str) -> Callable[[typer.Context], None]:
     return command
 
 
-def _export(name: str) -> Callable[[Path, Path, Path, str], None]:
+def _export(name: str) -> Callable[[Path, Path, Path, Path | None, str], None]:
     def command(
         checkpoint: Annotated[Path, typer.Argument(help="A Lightning checkpoint of this trainer.")],
         pack_file: Annotated[Path, typer.Option("--pack", help="Held-out people to measure on.")],
         folder: Annotated[Path, typer.Option("--to", help="Where to write.")] = Path("checkpoints"),
+        recipe: Annotated[
+            Path | None,
+            typer.Option(help="Its config; trainers/configs/NAME.yaml where left out."),
+        ] = None,
         remarks: Annotated[str, typer.Option(help="What the card shall say beside.")] = "",
     ) -> None:
         """Measure a checkpoint on held-out people and write safetensors and card."""
         from trainers.export import export_checkpoint
 
         with _one_line_errors():
-            typer.echo(export_checkpoint(name, checkpoint, pack_file, folder, remarks))
+            config = recipe or Path("trainers/configs") / f"{name}.yaml"
+            typer.echo(export_checkpoint(name, checkpoint, pack_file, folder, config, remarks))
 
     return command
 

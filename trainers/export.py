@@ -109,7 +109,7 @@ def export(
 
 
 def export_checkpoint(
-    name: str, checkpoint: Path, pack: Path, folder: Path, remarks: str = ""
+    name: str, checkpoint: Path, pack: Path, folder: Path, recipe: Path, remarks: str = ""
 ) -> Path:
     """Measure a Lightning checkpoint on the held-out people of a pack, then `export` it.
 
@@ -118,6 +118,7 @@ def export_checkpoint(
         checkpoint: What the trainer saved.
         pack: A file made by `trainers.pack`.
         folder: Usually `checkpoints/`.
+        recipe: The config that it was trained with, as the card shall name it.
         remarks: What the card shall say beside what is known here.
     """
     import pytorch_lightning as pl
@@ -127,15 +128,19 @@ def export_checkpoint(
 
     kind: Any = TRAINERS[name]
     module = kind.load_from_checkpoint(checkpoint, map_location="cpu")
+    with torch.no_grad():  # measure what is shipped: half precision
+        for value in module.state_dict().values():
+            if value.is_floating_point():
+                value.copy_(value.half())
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="auto")
     (results,) = trainer.validate(module, FacePacks([pack]), verbose=False)
     state, config = module.export()
-    recipe = Recipe(
+    facts = Recipe(
         name=name,
-        command=f"shields train {name} fit --config trainers/configs/{name}.yaml",
+        command=f"shields train {name} fit --config {recipe.as_posix()}",
         seed=int(module.seed),
         steps=int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]),
         remarks=remarks,
         **kind.CARD,
     )
-    return export(state, config, recipe, dict(results), folder)
+    return export(state, config, facts, dict(results), folder)

@@ -160,13 +160,17 @@ class FaceEmbedderTraining(pl.LightningModule):
         self.relation_weight, self.rate, self.warmup = relation_weight, rate, warmup
         self.decay, self.pairs, self.seed = decay, pairs, seed
         self.adversarial, self.reach = adversarial, reach
-        if start is not None:
-            state = torch.load(start, map_location="cpu", weights_only=True)["state_dict"]
-            self.load_state_dict(state)
+        self.start = start
         cpu = torch.device("cpu")
         # A list hides the teacher from checkpoints and from the optimizer.
         self._teacher = [load("recognizer", teacher, store=WeightStore(), device=cpu)]
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def setup(self, stage: str) -> None:
+        """Take over the weights of `start`; a checkpoint that is resumed comes after this."""
+        if stage == "fit" and self.start is not None:
+            state = torch.load(self.start, map_location="cpu", weights_only=True)["state_dict"]
+            self.load_state_dict(state)
 
     @property
     def teacher(self) -> Recognizer:

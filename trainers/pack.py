@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
 
+from shields.errors import ImageError
+
 __all__ = ["PackReport", "pack", "read_photos"]
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -43,7 +45,12 @@ def read_photos(source: Path) -> Iterator[tuple[str, bytes]]:
             if path.suffix.lower() in _SUFFIXES:
                 yield path.relative_to(source).as_posix(), path.read_bytes()
         return
-    with tarfile.open(source) as archive:
+    try:
+        archive = tarfile.open(source)  # noqa: SIM115  closed below
+    except (tarfile.TarError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ImageError(f"{source} is neither a folder nor a tar of photos: {reason}") from error
+    with archive:
         members = [member for member in archive.getmembers() if member.isfile()]
         for member in sorted(members, key=lambda member: member.name):
             if PurePosixPath(member.name).suffix.lower() in _SUFFIXES:
@@ -77,13 +84,16 @@ def _crop(
 
 
 def pack(source: Path, output: Path, *, size: int = 160, margin: float = 1.8) -> PackReport:
-    """Detect the largest face of every photo and write the pack; bad files are named, not fatal.
+    """Cut the face nearest to each photo's middle and write the pack; bad files are only named.
 
     Args:
         source: A folder of photos or a tar of them.
         output: The safetensors file to write.
         size: Side of a packed face, pixels.
         margin: Side of the square that is cut, as a multiple of the detected box.
+
+    Raises:
+        ImageError: There is no face at all, or the source is neither a folder nor a tar.
     """
     detector = MTCNN(min_face_size=40, keep_all=True)
     faces, landmarks, identities = [], [], []
@@ -94,7 +104,7 @@ def pack(source: Path, output: Path, *, size: int = 160, margin: float = 1.8) ->
     for name, content in track(photos, description=f"packing {source.name}", console=console):
         try:
             image = PILImage.open(io.BytesIO(content)).convert("RGB")
-        except OSError as error:
+        except Exception as error:  # decoders raise anything on damaged data
             skipped[name] = str(error)
             continue
         boxes, _, points = detector.detect(image, landmarks=True)
@@ -110,6 +120,8 @@ def pack(source: Path, output: Path, *, size: int = 160, margin: float = 1.8) ->
         faces.append(torch.from_numpy(face.copy()))
         landmarks.append(torch.from_numpy(point).float())
         identities.append(names.setdefault(_identity(name), len(names)))
+    if not faces:
+        raise ImageError(f"no face was found in any of the {len(photos)} photos of {source}")
     output.parent.mkdir(parents=True, exist_ok=True)
     save_file(
         {

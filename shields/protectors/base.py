@@ -201,7 +201,9 @@ class Protector(ABC):
             )
         image = image.detach()
         if self.config.stealth and self.config.levels:
-            mask = mask * (just_noticeable(image) / self.config.levels).clamp_max(1)
+            # The mask scales the budget's box, which is the whole range where the ball is no box.
+            reach = self.config.levels if self.config.norm == "linf" else 255.0
+            mask = mask * (just_noticeable(image) / reach).clamp_max(1)
         with _frozen(self.networks):
             perturbation = self.perturb(
                 image, mask, rng=rng, landmarks=landmarks, progress=progress
@@ -288,7 +290,10 @@ class IterativeProtector(Protector):
     def evaluate(
         self, clean: Image, protected: Image, mask: Mask, *, landmarks: Tensor | None = None
     ) -> Tensor:
-        """The objective (B,) of protected images as the last step sees it, without transforms."""
+        """The objective (B,) of protected images as the last step sees it, from a fixed seed.
+
+        What the loop averages over is left out; what an objective draws itself is drawn.
+        """
         rng = torch.Generator().manual_seed(0)
         with _frozen(self.networks):
             objective = self.objective(clean, mask, landmarks=landmarks, rng=rng)

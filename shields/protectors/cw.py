@@ -13,7 +13,8 @@ Differs:
     budget, as both terms have gradient zero at the photo itself and the first step of Adam would
     follow rounding errors; paper and code start at w = 0, mid grey, and spend most of their steps
     on drawing the photo anew.
-    Ours keeps the best iterate of each photo. The clip to the budget is the one of the base.
+    Ours stays inside the budget on the way and keeps the best iterate of each photo; paper and code
+    clip at the end, which undoes the more the longer they walk.
     The paper descends plainly with step 0.003 and names no c; the code uses Adam with 0.03 and
     c = 0.03, and so does the preset `paper`, on the paper's formula.
     `faithful` is the code: an image in [0, 1] goes to a network that wants [-1, 1], and the latent
@@ -23,6 +24,7 @@ Differs:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -63,6 +65,10 @@ class CwConfig(IterativeConfig):
         if not self.weight > 0:
             raise ConfigError(f"`weight` must be above 0, got {self.weight}")
 
+    def hardened(self) -> Self:
+        """The same under transforms (`--robust`); the best of unlike draws is but the luckiest."""
+        return dataclasses.replace(super().hardened(), keep="last")
+
     @classmethod
     def paper(cls) -> Self:
         """Algorithm 4 with the constants of the code; 0.02 in [0, 1] is 5.1 levels."""
@@ -89,6 +95,10 @@ class Cw(IterativeProtector):
         super().__init__(config)
         self._hold(autoencoder=autoencoder)
 
+    def transform(self) -> None:
+        """None: `--robust` transforms what the encoder sees; the penalty must not see it."""
+        return
+
     def _latent(self, image: Image) -> Tensor:
         # A network that maps [0, 1] to [-1, 1] itself sees [0, 1] when it is given (v + 1) / 2.
         return self.autoencoder.encode((image + 1) / 2 if self.config.as_coded else image).float()
@@ -97,12 +107,15 @@ class Cw(IterativeProtector):
         self, image: Image, mask: Mask, *, landmarks: Tensor | None, rng: torch.Generator
     ) -> Objective:
         """Shift of the latent, weighted, less the squared length of the change."""
+        from shields.transforms import ROBUST, Identity
+
+        handle = ROBUST if self.config.robust else Identity()
         with torch.no_grad():
             clean = self._latent(image)
 
         def value(view: Image, step: Step) -> Tensor:
             change = (view - image).float().square().flatten(1).sum(dim=1)
-            shift = (self._latent(view) - clean).square()
+            shift = (self._latent(handle(view, step.rng)) - clean).square()
             if self.config.as_coded:
                 # The offset keeps the gradient of a length finite where a row has not moved.
                 latent = (shift.sum(dim=-1) + 1e-12).sqrt().flatten(1).sum(dim=1)

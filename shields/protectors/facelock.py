@@ -168,7 +168,8 @@ def face_region(matrix: Tensor, crop_size: tuple[int, int], image: Image) -> Mas
     height, width = image.shape[2:]
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     points = torch.stack([columns, rows, torch.ones_like(rows)]).flatten(1).to(matrix)
-    x, y = (matrix @ points).unbind(1)
+    # Not a matrix product: under autocast it would round coordinates to 8 bits.
+    x, y = (matrix[..., None] * points).sum(dim=2).unbind(1)
     inside = (x >= -0.5) & (x < crop_size[1] - 0.5) & (y >= -0.5) & (y < crop_size[0] - 0.5)
     return inside.view(len(matrix), 1, height, width).to(image)
 

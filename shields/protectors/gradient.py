@@ -129,6 +129,11 @@ class PgdProtectorConfig(_GradientConfig):
     steps: int = 40
 
     @classmethod
+    def idguard(cls) -> Self:
+        """As the ID-Guard paper compares itself with it: 6.375 levels, 10 steps of 1.275."""
+        return cls(levels=6.375, step=1.275, steps=10)
+
+    @classmethod
     def paper(cls) -> Self:
         """The paper's training attack on small photos: 8 levels, 7 steps of 2."""
         return cls(levels=8, step=2.0, steps=7)

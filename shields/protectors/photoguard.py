@@ -22,8 +22,9 @@ Differs:
     any Stable Diffusion 1.x or InstructPix2Pix denoiser serves: the former starts from the
     photo's noised latent, the latter also sees the photo beside it. The gradient repetitions are
     `draws`, their noise is fresh; text embeddings are computed once; each call of the denoiser is
-    checkpointed. With an empty prompt or guidance 1 both branches of the guidance agree, so one
-    is run. The classes' own settings are L-infinity at 8 levels; the notebook's L2 is `code`.
+    checkpointed. With an empty prompt or guidance 1 one branch of the guidance on the prompt tells
+    nothing new, so it is not run. The classes' own settings are L-infinity at 8 levels; the
+    notebook's L2 is `code`.
 """
 
 from __future__ import annotations
@@ -339,12 +340,13 @@ class PhotoGuardDiffusion(IterativeProtector):
 
         def predict(latent: Tensor, timestep: int, condition: Tensor | None) -> Tensor:
             full = run(latent, timestep, prompted, condition)
-            if not same and config.guidance != 1:
+            blindfolded = condition is not None and config.image_guidance != 1
+            if not same and (config.guidance != 1 or blindfolded):
                 unprompted = run(latent, timestep, empty, condition)
             else:
                 unprompted = full
             guided = unprompted + config.guidance * (full - unprompted)
-            if condition is None or config.image_guidance == 1:
+            if condition is None or not blindfolded:
                 return guided
             blind = run(latent, timestep, empty, torch.zeros_like(condition))
             return guided + (config.image_guidance - 1) * (unprompted - blind)
