@@ -21,10 +21,8 @@ from skimage import data
 
 from shields import cli
 from shields.batch import MANIFEST, find_record
-from shields.errors import ShieldsError
 from shields.photo import read
 from shields.protectors import PROTECTORS
-from shields.weights import WeightStore
 from tests import tiny
 from tests.commands import QUICK, shields, tiny_networks
 from tests.test_batch import picture
@@ -135,12 +133,6 @@ def test_a_glob_is_resumed_although_it_now_finds_results_too(tmp_path: Path, pus
 
 
 def test_the_embedded_default_needs_no_options(astronaut: Path) -> None:
-    store = WeightStore()
-    try:
-        for name in ("portrait-ae", "face-embedder"):
-            store.find(store.card(name))
-    except ShieldsError as error:
-        pytest.skip(str(error))
     done = shields("protect", astronaut, "--json", "--steps", "3")
     assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)["photos"][0]["report"]

@@ -23,7 +23,6 @@ from robustness.default_report import (
     summarise,
 )
 from shields.errors import ImageError
-from shields.weights import WeightStore
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 
@@ -107,8 +106,6 @@ def test_plans_differ_by_every_setting() -> None:
 def test_one_photo_goes_through_whole(tmp_path: Path) -> None:
     if not SHARED.is_dir():
         pytest.skip(f"the CelebA-HQ samples and the published weights are not at {SHARED}")
-    if not {"portrait-ae", "face-embedder"} <= set(WeightStore().names()):
-        pytest.skip("the embedded networks have no card yet")
     output = tmp_path / "report.json"
     arguments = [
         "--photos", str(SHARED / "data" / "celeba-hq-sample"), "--limit", "1", "--levels", "4",

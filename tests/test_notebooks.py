@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from skimage.data import astronaut
 
-from shields import Report, WeightStore
+from shields import Report
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -27,14 +27,6 @@ def code_cells(path: Path) -> list[dict[str, Any]]:
 
 def reports(namespace: dict[str, Any]) -> list[Report]:
     return [value for value in namespace.values() if isinstance(value, Report)]
-
-
-@pytest.fixture
-def embedded() -> None:
-    """Skip while the embedded networks have no cards; a card without good weights is a failure."""
-    absent = {"portrait-ae", "face-embedder"} - set(WeightStore().names())
-    if absent:
-        pytest.skip(f"no card yet of the embedded networks {', '.join(sorted(absent))}")
 
 
 def test_there_is_a_notebook_that_protects_a_photo() -> None:
@@ -56,7 +48,7 @@ def test_the_number_of_steps_stands_in_one_cell(path: Path) -> None:
 
 @every_notebook
 def test_notebooks_run_from_top_to_bottom(
-    path: Path, embedded: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
@@ -72,7 +64,7 @@ def test_notebooks_run_from_top_to_bottom(
 
 
 def test_the_readmes_python_example_protects_a_photo(
-    embedded: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     example = readme.partition("```python\n")[2].partition("```")[0]
