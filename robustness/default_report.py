@@ -97,7 +97,7 @@ def photos(folder: Path, limit: int | None) -> Iterator[Photo]:
         raise ImageError(f"no .jpg in {folder}; name the CelebA-HQ samples with --photos")
     for path in paths:
         image = PILImage.open(path).convert("RGB").resize((256, 256), PILImage.Resampling.LANCZOS)
-        yield Photo(pixels=np.asarray(image), path=path)
+        yield Photo(pixels=np.array(image), path=path)
 
 
 def _tensor(pixels: np.ndarray) -> torch.Tensor:
