@@ -35,7 +35,7 @@ bench: $(VENV)/.installed  ## speed against a plainly written reference, side by
 	$(RUN)/python -m pytest tests/bench -q -s --benchmark-only --benchmark-json=out/bench.json
 
 table: $(VENV)/.installed  ## what the default does, on the CelebA-HQ samples (needs ../shared)
-	$(RUN)/python -m robustness.default_report --stealth --readme README.md
+	$(RUN)/python -m robustness.default_report --plan embedded:4 --plan embedded:8 --plan embedded:16 --plan published:8 --stealth --readme README.md
 
 clean:  ## remove what the targets above made
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -25,7 +25,7 @@ from PIL import Image as PILImage
 from rich.progress import Progress
 
 from shields import metrics
-from shields.errors import ImageError
+from shields.errors import ConfigError, ImageError
 from shields.models import load as load_network
 from shields.models.base import Autoencoder, Recognizer
 from shields.models.detectors import MtcnnDetector
@@ -115,6 +115,8 @@ class _Judge:
         assert isinstance(network, Autoencoder)
         assert isinstance(judge, Recognizer)
         self.autoencoder, self.recognizer = network, judge
+        #: of the weights files, so that measurements are not mistaken for those of other networks
+        self.digests = [store.card(name).sha256 for name in PAIRS[pair]]
 
     @torch.no_grad()
     def similarities(
@@ -175,6 +177,16 @@ def _protect(
 def _measure(
     plan: Plan, samples: list[_Sample], judges: dict[str, _Judge], folder: Path
 ) -> list[dict[str, object]]:
+    """Judge every protected photo of a plan; what was measured before is read from its folder."""
+    basis = {
+        "judges": {pair: judge.digests for pair, judge in judges.items()},
+        "photos": [sample.photo.path.name for sample in samples if sample.photo.path is not None],
+    }
+    kept = folder / "rows.json"
+    if kept.is_file():
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if found["basis"] == basis:
+            return list(found["rows"])
     rows: list[dict[str, object]] = []
     for sample in samples:
         photo = sample.photo
@@ -201,6 +213,7 @@ def _measure(
                 }
                 for attack in ATTACKS
             ]
+    kept.write_text(json.dumps({"basis": basis, "rows": rows}), encoding="utf-8")
     return rows
 
 
@@ -293,16 +306,24 @@ def _insert(readme: Path, table: str) -> None:
     readme.write_text(f"{head}{begin}\n{table}\n{end}{tail}", encoding="utf-8")
 
 
-def _command(
-    levels: list[float] | None, optimised: list[str] | None, limit: int | None, *, stealth: bool
-) -> str:
+def _command(cells: list[str], limit: int | None, *, stealth: bool) -> str:
     """What has to be typed to get the same figures."""
-    words = ["python -m robustness.default_report"]
-    words += [f"--levels {budget:g}" for budget in levels or ()]
-    words += [f"--optimised {pair}" for pair in optimised or ()]
+    words = ["python -m robustness.default_report", *(f"--plan {cell}" for cell in cells)]
     words += ["--stealth"] if stealth else []
     words += [] if limit is None else [f"--limit {limit}"]
     return " ".join(words)
+
+
+def _cell(text: str) -> tuple[str, float]:
+    """Read "embedded:8": networks to optimise against, and levels."""
+    pair, _, levels = text.partition(":")
+    try:
+        if pair in PAIRS and float(levels) > 0:
+            return pair, float(levels)
+    except ValueError:
+        pass
+    names = " or ".join(PAIRS)
+    raise ConfigError(f"--plan wants {names}, a colon and levels, got {text!r}")
 
 
 app = typer.Typer(add_completion=False)
@@ -322,8 +343,10 @@ def main(
     output: Annotated[Path, typer.Option(help="The report to write.")] = Path(
         "robustness/results/default.json"
     ),
-    levels: Annotated[list[float] | None, typer.Option(help="Budgets, levels.")] = None,
-    optimised: Annotated[list[str] | None, typer.Option(help="Pairs to optimise against.")] = None,
+    plan: Annotated[
+        list[str] | None,
+        typer.Option(help="Optimise so, e.g. embedded:8; both pairs at 4, 8, 16 if left out."),
+    ] = None,
     stealth: Annotated[bool, typer.Option(help="Add --stealth --robust at 8 levels.")] = False,
     limit: Annotated[int | None, typer.Option(help="Use the first N photos only.")] = None,
     readme: Annotated[Path | None, typer.Option(help="Insert the table there.")] = None,
@@ -331,10 +354,11 @@ def main(
     """Protect, handle, measure, and write the report."""
     store = WeightStore(weights_dir)
     sample = list(photos(photo_folder, limit))
+    cells = [_cell(text) for text in plan or ()]
     plans = [
         Plan(optimised=pair, levels=budget, robust=robust)
-        for pair in optimised or list(PAIRS)
-        for budget in levels or [4.0, 8.0, 16.0]
+        for pair, budget in cells
+        or [(pair, budget) for pair in PAIRS for budget in (4.0, 8.0, 16.0)]
         for robust in (False, True)
     ]
     if stealth:
@@ -342,20 +366,20 @@ def main(
     rows: list[dict[str, object]] = []
     with Progress() as progress:
         task = progress.add_task("protecting", total=len(plans) * len(sample))
-        for plan in plans:
-            _protect(plan, sample, store, work / plan.key(), lambda: progress.advance(task))
+        for each in plans:
+            _protect(each, sample, store, work / each.key(), lambda: progress.advance(task))
     judges = {pair: _Judge(pair, store) for pair in PAIRS}
     detector = MtcnnDetector.load(device=torch.device("cpu"))
     judged = [_Sample.of(photo, judges, detector) for photo in sample]
-    for plan in plans:
-        rows += _measure(plan, judged, judges, work / plan.key())
+    for each in plans:
+        rows += _measure(each, judged, judges, work / each.key())
     report = {
-        "command": _command(levels, optimised, limit, stealth=stealth),
+        "command": _command(plan or [], limit, stealth=stealth),
         "commit": revision(),
         "hardware": hardware(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "configs": {plan.key(): {**asdict(plan), **plan.config().to_dict()} for plan in plans},
+        "configs": {each.key(): {**asdict(each), **each.config().to_dict()} for each in plans},
         "summary": summarise(rows),
         "rows": rows,
     }

@@ -16,13 +16,14 @@ from robustness.default_report import (
     ATTACKS,
     PAIRS,
     Plan,
+    _cell,
     _command,
     _insert,
     app,
     render,
     summarise,
 )
-from shields.errors import ImageError
+from shields.errors import ConfigError, ImageError
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 
@@ -84,10 +85,17 @@ def test_table_goes_between_the_markers_and_nowhere_else(tmp_path: Path) -> None
 
 
 def test_the_command_that_is_reported_is_the_one_that_was_given() -> None:
-    assert _command(None, None, None, stealth=False) == "python -m robustness.default_report"
-    assert _command([4.0, 7.65], ["embedded"], 6, stealth=True).endswith(
-        " --levels 4 --levels 7.65 --optimised embedded --stealth --limit 6"
+    assert _command([], None, stealth=False) == "python -m robustness.default_report"
+    assert _command(["embedded:4", "published:7.65"], 6, stealth=True).endswith(
+        " --plan embedded:4 --plan published:7.65 --stealth --limit 6"
     )
+
+
+@pytest.mark.parametrize("text", ["embedded", "embedded:", "embeded:8", "published:-1"])
+def test_a_plan_that_makes_no_sense_is_refused(text: str) -> None:
+    assert _cell("published:7.65") == ("published", 7.65)
+    with pytest.raises(ConfigError, match="embedded or published"):
+        _cell(text)
 
 
 def test_plans_differ_by_every_setting() -> None:
@@ -108,8 +116,8 @@ def test_one_photo_goes_through_whole(tmp_path: Path) -> None:
         pytest.skip(f"the CelebA-HQ samples and the published weights are not at {SHARED}")
     output = tmp_path / "report.json"
     arguments = [
-        "--photos", str(SHARED / "data" / "celeba-hq-sample"), "--limit", "1", "--levels", "4",
-        "--optimised", "embedded", "--weights-dir", str(SHARED / "weights"),
+        "--photos", str(SHARED / "data" / "celeba-hq-sample"), "--limit", "1",
+        "--plan", "embedded:4", "--weights-dir", str(SHARED / "weights"),
         "--work", str(tmp_path / "work"), "--output", str(output),
     ]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
