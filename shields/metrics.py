@@ -43,12 +43,8 @@ __all__ = ["METRICS", "Metric", "flip", "identity", "lpips", "max_levels", "mean
 _WINDOW, _SIGMA = 11, 1.5
 #: rows of a whole photo that are measured at once
 _BAND = 64
-#: backbone of LPIPS -> file that torchvision publishes; the digits are its SHA-256's first
-_BACKBONES = {
-    "alex": "alexnet-owt-7be5be79.pth",
-    "vgg": "vgg16-397923af.pth",
-    "squeeze": "squeezenet1_1-b8a52dc0.pth",
-}
+#: backbones of LPIPS; the card `lpips-NAME` says which file each is
+_BACKBONES = ("alex", "vgg", "squeeze")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,19 +195,18 @@ def flip(image: Image, other: Image) -> Tensor:
 @lru_cache(maxsize=3)
 def _lpips_network(backbone: str) -> Perceptual:
     from shields.models.perceptual import LpipsModel
-    from shields.weights import Card, WeightStore
+    from shields.weights import WeightStore
 
     if backbone not in _BACKBONES:
         hint = did_you_mean(backbone, _BACKBONES)
         raise WeightsError(f"LPIPS has no backbone {backbone!r}; {hint}")
-    name, file = f"lpips-{backbone}", _BACKBONES[backbone]
-    url = f"https://download.pytorch.org/models/{file}"
-    digits = file.removesuffix(".pth").rpartition("-")[2]
-    card = Card(name=name, role="perceptual", architecture=name, file=file, sha256=digits, url=url)
+    store = WeightStore()
+    card = store.card(f"lpips-{backbone}")
     try:
-        path = WeightStore().find(card)
+        path = store.find(card)
     except WeightsError as error:
-        raise WeightsError(f"{error}; the metric {name!r} needs {file} from {url} there") from error
+        need = f"the metric {card.name!r} needs {card.file} from {card.url} there"
+        raise WeightsError(f"{error}; {need}") from error
     return LpipsModel.load(path, card)
 
 
