@@ -64,6 +64,10 @@ app = typer.Typer(
 )
 
 
+def _network(help: str) -> Any:  # noqa: ANN401  what typer's options are
+    return typer.Option(metavar="NAME", help=help, rich_help_panel=_PROTECTION)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"shields {shields.__version__}")
@@ -181,31 +185,20 @@ def protect(
     ] = False,
     autoencoder: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Autoencoder to protect against: a card, a folder or a Hugging Face id.",
-            rich_help_panel=_PROTECTION,
-        ),
+        _network("Autoencoder to protect against: a card, a folder or a Hugging Face id."),
     ] = None,
-    recognizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Face recognizer to protect against.", rich_help_panel=_PROTECTION
-        ),
-    ] = None,
-    perceptual: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Perceptual distance of the method.", rich_help_panel=_PROTECTION
-        ),
-    ] = None,
+    recognizer: Annotated[str | None, _network("Face recognizer to protect against.")] = None,
+    perceptual: Annotated[str | None, _network("Perceptual distance of the method.")] = None,
     diffusion: Annotated[
+        str | None, _network("Latent diffusion model, for the methods that use one.")
+    ] = None,
+    manipulator: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Latent diffusion model, for the methods that use one.",
-            rich_help_panel=_PROTECTION,
-        ),
+        _network("Manipulator to protect against: a card, or module:factory of your own."),
+    ] = None,
+    condition: Annotated[
+        str | None,
+        _network("What the manipulator would be asked for, such as blond_hair; default: all."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -291,13 +284,15 @@ def protect(
         "recognizer": recognizer,
         "perceptual": perceptual,
         "diffusion": diffusion,
+        "manipulator": manipulator,
     }
+    asked = [] if condition is None else [f"conditions={condition}"]
     request = cli_protect.Request(
         photos=photos,
         out=out,
         method=method,
         preset=preset,
-        settings=settings or [],
+        settings=[*(settings or []), *asked],
         levels=levels,
         steps=steps,
         seed=seed,

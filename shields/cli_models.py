@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from shields import cli_check
 from shields.cli_common import AsJson, WeightsDir, errors, out, plain, store_at, write_json
 from shields.errors import ShieldsError, UnknownName, WeightsError
 
@@ -22,12 +23,19 @@ __all__ = ["app", "list_entries"]
 #: kind -> where its registry stands; nothing is imported before somebody asks
 KINDS = {
     "protectors": ("shields.protectors", "PROTECTORS"),
-    "recognizers": ("shields.models", "RECOGNIZERS"),
-    "autoencoders": ("shields.models", "AUTOENCODERS"),
-    "perceptual": ("shields.models", "PERCEPTUAL"),
-    "diffusions": ("shields.models", "DIFFUSIONS"),
     "detectors": ("shields.models", "DETECTORS"),
     "transforms": ("shields.transforms", "TRANSFORMS"),
+}
+#: kind -> role of the cards that it lists
+NETWORKS = {
+    "manipulators": "manipulator",
+    "editors": "editor",
+    "recognizers": "recognizer",
+    "autoencoders": "autoencoder",
+    "perceptual": "perceptual",
+    "diffusions": "diffusion",
+    "parsers": "parser",
+    "classifiers": "classifier",
 }
 
 
@@ -57,20 +65,24 @@ def list_entries(
         str,
         typer.Argument(
             metavar="[KIND|METHOD]",
-            help=f"{', '.join(KINDS)}; or a protector, for its settings and presets.",
+            help=f"{', '.join([*KINDS, *NETWORKS])}; or a protector, for its settings.",
         ),
     ] = "protectors",
+    weights_dir: WeightsDir = None,
     as_json: AsJson = False,
 ) -> None:
     """List what can be used, or the settings of one method.
 
     [cyan]shields list[/]  the protectors;
-    [cyan]shields list recognizers[/]  architectures of recognizers;
+    [cyan]shields list manipulators[/]  networks that forge faces, their licences and sources;
     [cyan]shields list facelock[/]  what --set and --preset can say to it.
     """
     from shields.registry import did_you_mean
 
     with errors(as_json=as_json):
+        if what in NETWORKS:
+            _list_networks(what, store_at(weights_dir), as_json=as_json)
+            return
         if what in KINDS:
             found = dict(_described(what))
             if as_json:
@@ -80,9 +92,35 @@ def list_entries(
             return
         protectors = _registry("protectors")
         if what not in protectors:
-            hint = did_you_mean(what, [*KINDS, *protectors])
+            hint = did_you_mean(what, [*KINDS, *NETWORKS, *protectors])
             raise UnknownName(f"neither a kind nor a protector is called {what!r}; {hint}")
         _show_method(what, protectors[what], as_json=as_json)
+
+
+def _list_networks(kind: str, store: WeightStore, *, as_json: bool) -> None:
+    """List the cards of a role, and what installed packages add to it."""
+    from shields.models import plugins
+
+    role = NETWORKS[kind]
+    rows = {}
+    for name in store.names():
+        card = store.card(name)
+        if card.role == role:
+            state, _ = _state(store, card)
+            rows[name] = {**_brief(card), "weights": state, "from": card.address or card.source}
+    for name, address in plugins(role).items():
+        rows[name] = {"name": name, "role": role, "summary": f"plug-in {address}", "licence": "",
+                      "weights": "its own", "from": address}  # fmt: skip
+    if as_json:
+        write_json({kind: rows})
+        return
+    # A line for each fact: in a table, addresses and licences would be cut to shreds.
+    for name, row in rows.items():
+        out.print(f"[bold]{plain(name)}[/]  weights: {row['weights']}")
+        for fact in ("summary", "licence", "from"):
+            out.print(plain(f"    {fact}: {row[fact] or 'not stated'}"))
+    if role == "manipulator":
+        out.print("or your own: module:factory, see `shields.models.manipulation.wrap`")
 
 
 def _show_method(name: str, protector: Any, *, as_json: bool) -> None:  # noqa: ANN401  any protector
@@ -146,10 +184,14 @@ def _table(head: tuple[str, ...], lines: Any) -> Table:  # noqa: ANN401  rows of
 
 
 app = typer.Typer(
-    help="Networks and their weights: list, show, pull, verify.",
+    help="Networks and their weights: list, show, pull, convert, verify, check.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
+
+
+app.command()(cli_check.check)
+app.command()(cli_check.convert)
 
 
 def _state(store: WeightStore, card: Card) -> tuple[str, str | None]:

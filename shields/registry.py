@@ -20,6 +20,8 @@ _INSTALL = {
     "PIL": "pillow",
     "pillow_heif": "'shields[heic]'",
     "flip_evaluator": "'shields[metrics]'",
+    "h5py": "'shields[keras]'",
+    "pytorch_grad_cam": "'shields[heatmaps]'",
 }
 
 

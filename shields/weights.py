@@ -31,7 +31,7 @@ __all__ = ["ROLES", "Card", "WeightStore", "build", "digest", "load_strictly", "
 Network = TypeVar("Network", bound=nn.Module)
 
 ROLES = ("autoencoder", "recognizer", "perceptual", "diffusion", "detector", "generator",
-         "manipulator", "editor", "purifier")  # fmt: skip
+         "manipulator", "editor", "parser", "classifier", "purifier")  # fmt: skip
 
 #: what a folder in diffusers' layout consists of, per role; nothing else is ever fetched
 _AUTOENCODER_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
@@ -42,6 +42,7 @@ _FOLDER_FILES = {
         "text_encoder/model.safetensors",
         *(f"{part}/{name}" for part in ("unet", "vae") for name in _AUTOENCODER_FILES),
     ),
+    "parser": ("config.json", "preprocessor_config.json", "model.safetensors"),
 }  # fmt: skip
 
 #: (path, modification time, size) -> digest of files that were read already
@@ -107,7 +108,7 @@ class Card:
             problems.append("`url` and `repository` exclude each other")
         if self.url and not self.url.startswith("https://"):
             problems.append(f"`url` must begin with https://, got {self.url!r}")
-        if not (self.file or self.repository):
+        if not (self.file or self.repository or ":" in self.architecture):
             problems.append("a `file`, or the `repository` of a folder, must be given")
         if (self.sha256 or self.bytes or self.url) and not self.file:
             problems.append("`sha256`, `bytes` and `url` belong to a `file`, and none is given")

@@ -27,14 +27,15 @@ LAYERS = (
     {"errors", "registry"},
     {"types"},
     {"budget"},
-    {"codec", "faces", "photo", "provenance", "transforms", "visibility", "weights"},
+    {"codec", "faces", "jpeg", "masks", "photo", "provenance", "transforms", "visibility",
+     "weights"},
     {"models"},
     {"metrics", "pgd"},
     {"protectors"},
     {"shield", "verify"},
     {"folders", "sheet"},
     {"batch"},
-    {"cli", "cli_common", "cli_models", "cli_protect", "cli_verify"},
+    {"cli", "cli_check", "cli_common", "cli_models", "cli_protect", "cli_verify"},
 )
 
 

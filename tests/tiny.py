@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shields.models.base import Autoencoder, Perceptual, Recognizer
+from shields.models.manipulators import StarGANModel
+from shields.models.star_networks import StarGenerator
 from shields.types import Image
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ __all__ = [
     "diffusion_parts",
     "faces_image",
     "landmarks",
+    "manipulator",
     "perceptual",
     "recognizer",
     "save_diffusion",
@@ -248,3 +251,14 @@ def save_diffusion(folder: Path, seed: int = 0, *, image_condition: bool = False
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def manipulator(seed: int = 0) -> StarGANModel:
+    """A random StarGAN of width 8 with three attributes, two of them hair colours."""
+    with seeded(seed):
+        network = StarGenerator(3, width=8, blocks=2)
+        for parameter in network.parameters():  # far enough from zero for edits to differ
+            parameter.data.mul_(1.5)
+    model = StarGANModel(network, ("Black_Hair", "Blond_Hair", "Smiling"))
+    model.name = f"tiny-manipulator-{seed}"
+    return model

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
-from shields.errors import ConfigError, UnknownName, WeightsError
+from shields.errors import ConfigError, ShieldsError, UnknownName, WeightsError
 from shields.registry import Registry, did_you_mean
 from shields.weights import Card, WeightStore
 
@@ -18,8 +21,11 @@ if TYPE_CHECKING:
 
     from shields.models.base import Autoencoder, Detector, Frozen, Perceptual, Recognizer
     from shields.models.diffusion import LatentDiffusion
+    from shields.models.manipulation import Editor, Manipulator
+    from shields.models.parsing import Parser
 
-__all__ = ["AUTOENCODERS", "DETECTORS", "DIFFUSIONS", "PERCEPTUAL", "RECOGNIZERS", "load"]
+__all__ = ["AUTOENCODERS", "CLASSIFIERS", "DETECTORS", "DIFFUSIONS", "EDITORS", "MANIPULATORS",
+           "PARSERS", "PERCEPTUAL", "RECOGNIZERS", "architecture", "load", "plugins"]  # fmt: skip
 
 #: architectures, in the order in which they are listed; an entry has `load(source, card)`
 AUTOENCODERS: Registry[Any] = Registry(
@@ -49,6 +55,37 @@ PERCEPTUAL: Registry[Any] = Registry(
 DIFFUSIONS: Registry[Any] = Registry(
     "diffusion architecture", {"latent-diffusion": "shields.models.diffusion:LatentDiffusion"}
 )
+MANIPULATORS: Registry[Any] = Registry(
+    "manipulator architecture",
+    {
+        "stargan": "shields.models.manipulators:StarGANModel",
+        "aggan": "shields.models.manipulators:AGGANModel",
+        "fpgan": "shields.models.manipulators:FPGANModel",
+        "relgan": "shields.models.relgan:RelGANModel",
+        "hisd": "shields.models.hisd:HiSDModel",
+    },
+)
+EDITORS: Registry[Any] = Registry(
+    "editor architecture",
+    {
+        "instruct-pix2pix": "shields.models.editors:InstructPix2PixEditor",
+        "img2img": "shields.models.editors:ImageToImageEditor",
+        "inpainting": "shields.models.editors:InpaintingEditor",
+        "ip-adapter": "shields.models.editors:IPAdapterEditor",
+        "flux2": "shields.models.editors:Flux2Editor",
+    },
+)
+CLASSIFIERS: Registry[Any] = Registry(
+    "classifier architecture",
+    {"attribute-classifier": "shields.models.classifiers:AttributeClassifierModel"},
+)
+PARSERS: Registry[Any] = Registry(
+    "face parser architecture",
+    {
+        "bisenet": "shields.models.parsing:BiSeNetParser",
+        "segformer": "shields.models.parsing:SegformerParser",
+    },
+)
 #: detectors have no card, their weights come with a package; an entry has `load(device=…)`
 DETECTORS: Registry[Any] = Registry("detector", {"mtcnn": "shields.models.detectors:MtcnnDetector"})
 
@@ -57,9 +94,13 @@ _TABLES: Mapping[str, Registry[Any]] = {
     "recognizer": RECOGNIZERS,
     "perceptual": PERCEPTUAL,
     "diffusion": DIFFUSIONS,
+    "manipulator": MANIPULATORS,
+    "editor": EDITORS,
+    "parser": PARSERS,
+    "classifier": CLASSIFIERS,
 }
 #: role -> architecture of a folder, or of a Hugging Face id, in diffusers' layout
-_FOLDERS = {"autoencoder": "diffusers", "diffusion": "latent-diffusion"}
+_FOLDERS = {"autoencoder": "diffusers", "diffusion": "latent-diffusion", "parser": "segformer"}
 _FEATURES = "features:"
 
 
@@ -80,6 +121,18 @@ def load(
     role: Literal["diffusion"], name: str, *, store: WeightStore, device: torch.device
 ) -> LatentDiffusion: ...
 @overload
+def load(
+    role: Literal["manipulator"], name: str, *, store: WeightStore, device: torch.device
+) -> Manipulator: ...
+@overload
+def load(
+    role: Literal["editor"], name: str, *, store: WeightStore, device: torch.device
+) -> Editor: ...
+@overload
+def load(
+    role: Literal["parser"], name: str, *, store: WeightStore, device: torch.device
+) -> Parser: ...
+@overload
 def load(  # type: ignore[overload-overlap]  # a detector is no network of ours: nothing to freeze
     role: Literal["detector"], name: str, *, store: WeightStore, device: torch.device
 ) -> Detector: ...
@@ -89,9 +142,13 @@ def load(role: str, name: str, *, store: WeightStore, device: torch.device) -> F
     """Load a network, frozen and in evaluation mode.
 
     Args:
-        role: "autoencoder", "recognizer", "perceptual", "diffusion" or "detector".
-        name: The name of a card; a weights file or folder; a Hugging Face id; or, for
-            "perceptual", "features:" and the name of an autoencoder or a recognizer.
+        role: "autoencoder", "recognizer", "perceptual", "diffusion", "manipulator", "editor",
+            "parser" or "detector".
+        name: The name of a card; a weights file or folder; a Hugging Face id; for "perceptual",
+            "features:" and the name of an autoencoder or a recognizer; or code of your own: an
+            entry point of the group "shields.ROLEs", or `module:factory`, whose factory is called
+            without arguments. A card whose `architecture` is `module:factory` calls it with its
+            `[config]`. Only name code that you trust.
         store: Where weights are looked for, and whether they may be fetched.
         device: Where the network is put.
 
@@ -111,10 +168,59 @@ def load(role: str, name: str, *, store: WeightStore, device: torch.device) -> F
         )
     if role == "perceptual" and name.startswith(_FEATURES):
         return _deep_features(name.removeprefix(_FEATURES), store, device)
+    if name not in store.names() and (name in plugins(role) or _is_import(name)):
+        return _plugged(role, plugins(role).get(name, name), {}, name).to(device)
     card, source = _resolve(role, name, store)
+    if _is_import(card.architecture):
+        return _plugged(role, card.architecture, card.config, card.name).to(device)
     network: Frozen = _TABLES[role][card.architecture].load(source or store.find(card), card)
     network.name = card.name
     return network.to(device)
+
+
+def architecture(card: Card) -> Any:  # noqa: ANN401  a class with `load(source, card)`
+    """Return the class that loads a card's weights.
+
+    Raises:
+        ConfigError: Networks of the card's role are not loaded here.
+        UnknownName: The role has no such architecture.
+    """
+    if card.role not in _TABLES:
+        raise ConfigError(f"{card.name!r} has role {card.role!r}, which is not loaded from here")
+    return _TABLES[card.role][card.architecture]
+
+
+def plugins(role: str) -> dict[str, str]:
+    """Networks of a role that installed packages offer: name -> `module:factory`."""
+    return {point.name: point.value for point in entry_points(group=f"shields.{role}s")}
+
+
+def _is_import(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None
+
+
+def _plugged(role: str, address: str, settings: Mapping[str, Any], name: str) -> Frozen:
+    """Call a factory that is not ours, and hold what it returns to the contract."""
+    from shields.models.base import Frozen
+
+    module, _, attribute = address.partition(":")
+    try:
+        # The user's own folder counts, as it does for `python -m`.
+        if str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))
+        factory = getattr(import_module(module), attribute)
+        network = factory(**settings)
+    except ShieldsError:
+        raise
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ConfigError(f"the {role} {address!r} cannot be made: {error}") from error
+    if not isinstance(network, Frozen):
+        raise ConfigError(
+            f"{address} returned a {type(network).__name__}; a factory must return a {role}: pass "
+            "the network through shields.models.manipulation.wrap"
+        )
+    network.name = name
+    return network
 
 
 def _deep_features(name: str, store: WeightStore, device: torch.device) -> Frozen:
