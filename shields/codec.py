@@ -1,177 +1,38 @@
-"""What a transform is, and those that sending a photo brings: JPEG, resampling, cropping.
+"""What a transform is, alone and composed, and those that sending brings: JPEG, resizing, cropping.
 
 All public names of transforms stand in `shields.transforms`; import them from there.
-
-Source:
-    Rec. ITU-T T.81 (1992), https://www.w3.org/Graphics/JPEG/itu-t81.pdf: transform and tables.
-    JPEG-resistant Adversarial Images (Shin, Song, 2017): rounding replaced by a cubic.
-
-Differs:
-    The value of a compressed image is never approximated: the forward pass is the codec itself.
-    What is soft is the gradient alone.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, ClassVar, Literal, get_args
 
-import numpy as np
 import torch
-from PIL import Image as PillowImage
 from torch import Tensor
 from torch.nn import functional
 
 from shields.errors import ConfigError
-from shields.types import Image
+from shields.jpeg import TO_YCC, Subsampling, carry, real_jpeg, soft_jpeg
+from shields.types import Image, Mask
 
-__all__ = ["TO_YCC", "CompressResize", "Crop", "Identity", "Jpeg", "Kernel", "Range", "Resize",
-           "Seeded", "Subsampling", "Transform", "carry", "real_jpeg", "resize", "soft_jpeg",
-           "uniform"]  # fmt: skip
+__all__ = ["TO_YCC", "CompressResize", "Crop", "Identity", "Jpeg", "Kernel", "OneOf", "Range",
+           "Resize", "Seeded", "Sequence", "Subsampling", "Transform", "carry", "real_jpeg",
+           "resize", "soft_jpeg", "uniform"]  # fmt: skip
 
 #: one strength, or the lowest and the highest to draw from
 Range = float | tuple[float, float]
 Kernel = Literal["bilinear", "bicubic", "lanczos"]
-Subsampling = Literal["4:2:0", "4:4:4"]
 Gradient = Literal["straight", "soft"]
 
 #: no side is made shorter than this, pixels
 _LEAST_SIDE = 16
-
-#: threads for a batch; Pillow lets go of the interpreter while it codes
-_THREADS = 8
-#: JFIF: RGB -> Y, Cb, Cr (chroma about 0)
-TO_YCC = (
-    (0.299, 0.587, 0.114),
-    (-0.168736, -0.331264, 0.5),
-    (0.5, -0.418688, -0.081312),
-)
-
-
-def _through_codec(pixels: np.ndarray, quality: int, subsampling: Subsampling) -> np.ndarray:
-    """Encode and decode (H, W, 3) uint8."""
-    file = io.BytesIO()
-    image = PillowImage.fromarray(pixels)
-    image.save(file, format="JPEG", quality=quality, subsampling=subsampling)
-    with PillowImage.open(file) as decoded:
-        return np.array(decoded)
-
-
-@torch.no_grad()
-def real_jpeg(image: Image, quality: int, subsampling: Subsampling = "4:2:0") -> Image:
-    """Round to 8 bits, then encode and decode with libjpeg, on the CPU.
-
-    Args:
-        image: (B, 3, H, W), [0, 1], on any device.
-        quality: libjpeg's scale, 1 to 100.
-        subsampling: "4:2:0" halves the colour planes, as nearly every program does; "4:4:4" not.
-
-    Returns:
-        (B, 3, H, W), every value k / 255, without gradient, on the image's device.
-    """
-    levels = (image * 255).round().clamp(0, 255).to(torch.uint8)
-    photos = list(levels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
-
-    def work(pixels: np.ndarray) -> np.ndarray:
-        return _through_codec(pixels, quality, subsampling)
-
-    if len(photos) == 1:
-        coded = [work(photos[0])]
-    else:
-        # Built anew each time: threads kept for later would not survive a fork (data loaders).
-        with ThreadPoolExecutor(min(len(photos), _THREADS)) as pool:
-            coded = list(pool.map(work, photos))
-    return torch.from_numpy(np.stack(coded)).permute(0, 3, 1, 2).to(image) / 255
-
-
-def soft_jpeg(image: Image, quality: int, subsampling: Subsampling = "4:2:0") -> Image:
-    """Imitate the codec differentiably: rounding becomes a cubic that bends through it.
-
-    For 4:2:0 this is `kornia.enhance.jpeg_codec_differentiable`; for 4:4:4, which it lacks, the
-    same steps without the halved colour planes. About one level from the codec on photos, far
-    more on noise: use the gradient, not the value.
-
-    Args:
-        image: (B, 3, H, W), [0, 1].
-        quality: libjpeg's scale, 1 to 100.
-        subsampling: "4:2:0" or "4:4:4".
-
-    Returns:
-        (B, 3, H, W), [0, 1]; the last clamp is a plain one.
-    """
-    if subsampling == "4:2:0":
-        from kornia.enhance import jpeg_codec_differentiable
-
-        coded: Tensor = jpeg_codec_differentiable(image, image.new_tensor([float(quality)]))
-        return coded
-    height, width = image.shape[2:]
-    padded = functional.pad(image, (0, -width % 8, 0, -height % 8), mode="replicate")
-    to_ycc, dct = image.new_tensor(TO_YCC), _dct_matrix().to(image)
-    offset = image.new_tensor([128.0, 0.0, 0.0]).view(3, 1, 1)
-    planes = torch.einsum("kc,bcyx->bkyx", to_ycc, padded * 255) - offset
-    blocks = planes.reshape(len(image), 3, planes.shape[2] // 8, 8, -1, 8)
-    table = _tables(quality).to(image).view(3, 1, 8, 1, 8)
-    scaled = torch.einsum("ua,bkyaxd,vd->bkyuxv", dct, blocks, dct) / table
-    whole = scaled.detach().round()
-    rounded = whole + (scaled - whole) ** 3
-    blocks = torch.einsum("ua,bkyuxv,vd->bkyaxd", dct, rounded * table, dct)
-    planes = blocks.flatten(4, 5).flatten(2, 3) + offset
-    colours = torch.einsum("ck,bkyx->bcyx", to_ycc.inverse(), planes) / 255
-    return colours[..., :height, :width].clamp(0, 1)
-
-
-@lru_cache(maxsize=1)
-def _dct_matrix() -> Tensor:
-    """The orthonormal 8-point cosine transform, (frequency, position)."""
-    positions, frequencies = torch.arange(8) + 0.5, torch.arange(8)
-    matrix = torch.cos(torch.outer(frequencies, positions) * math.pi / 8) / 2
-    matrix[0] /= math.sqrt(2)
-    return matrix
-
-
-@lru_cache(maxsize=128)
-def _tables(quality: int) -> Tensor:
-    """Steps of quantisation as the codec has them at this quality: (3, 8, 8) for Y, Cb, Cr."""
-    file = io.BytesIO()
-    PillowImage.new("RGB", (8, 8)).save(file, format="JPEG", quality=quality)
-    with PillowImage.open(file) as coded:
-        tables = coded.quantization  # type: ignore[attr-defined]  # a JPEG has it, others not
-    luma, chroma = (torch.tensor(tables[key], dtype=torch.float32).view(8, 8) for key in (0, 1))
-    return torch.stack([luma, chroma, chroma])
-
-
-class _Carry(torch.autograd.Function):
-    """The first input's value with the second input's gradient."""
-
-    @staticmethod
-    def forward(_context: object, value: Tensor, _carrier: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(_context: object, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, gradient
-
-
-def carry(value: Tensor, carrier: Tensor) -> Tensor:
-    """Return `value`, bit for bit, with the gradient of `carrier`.
-
-    `carrier + (value - carrier).detach()` would do the same only up to rounding.
-
-    Example:
-        >>> x = torch.tensor([0.3], requires_grad=True)
-        >>> y = carry(x.detach().round(), x * 2)
-        >>> y.sum().backward()
-        >>> float(y.detach()), float(x.grad)
-        (0.0, 2.0)
-    """
-    carried: Tensor = _Carry.apply(value, carrier)
-    return carried
 
 
 def uniform(span: Range, rng: torch.Generator) -> float:
@@ -188,6 +49,8 @@ class Transform(ABC):
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}
     #: field that is a choice -> its `Literal`
     choices: ClassVar[Mapping[str, object]] = {}
+    #: whether places change, so that a mask has to go the same way
+    moves: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, (least, most) in self.limits.items():
@@ -219,6 +82,15 @@ class Transform(ABC):
         """Transform (B, 3, H, W), [0, 1] at strengths drawn from `rng`."""
         return self.apply(image, **self.draw(rng))
 
+    def apply_mask(self, mask: Mask, *args: Any, **strengths: Any) -> Mask:  # noqa: ANN401
+        """Move a mask (B, 1, H, W), [0, 1] to where `apply` moves an image at these strengths."""
+        return self.apply(mask, *args, **strengths) if self.moves else mask
+
+    def with_mask(self, image: Image, mask: Mask, rng: torch.Generator) -> tuple[Image, Mask]:
+        """Transform an image, and its mask along with it, at the same drawn strengths."""
+        strengths = self.draw(rng)
+        return self.apply(image, **strengths), self.apply_mask(mask, **strengths)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Seeded(Transform):
@@ -243,7 +115,7 @@ class Jpeg(Transform):
     """JPEG: the forward pass is the real codec on the image rounded to 8 bits, bit for bit.
 
     The gradient is an approximation: "straight" passes it on unchanged, as if nothing had
-    happened; "soft" is the gradient of `shields.codec.soft_jpeg` at the unrounded image.
+    happened; "soft" is the gradient of `shields.jpeg.soft_jpeg` at the unrounded image.
     """
 
     #: libjpeg's scale, whole numbers
@@ -346,6 +218,10 @@ class Resize(Transform):
         small = resize(image, size, self.kernel).clamp(0, 1)
         return resize(small, (height, width), self.kernel).clamp(0, 1) if self.restore else small
 
+    def apply_mask(self, mask: Mask, *, scale: float) -> Mask:
+        """Bring a mask to the image's new size, where it gets one."""
+        return mask if self.restore else self.apply(mask, scale=scale)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompressResize(Transform):
@@ -375,6 +251,10 @@ class CompressResize(Transform):
         coded = Jpeg().apply(image, quality=quality)
         return Resize(restore=self.restore).apply(coded, scale=scale)
 
+    def apply_mask(self, mask: Mask, *, quality: float, scale: float) -> Mask:
+        """Bring a mask to the image's new size, where it gets one."""
+        return Resize(restore=self.restore).apply_mask(mask, scale=scale)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Crop(Transform):
@@ -384,6 +264,7 @@ class Crop(Transform):
     share: Range = (0.8, 1.0)
 
     limits: ClassVar = {"share": (0.05, 1)}
+    moves: ClassVar = True
 
     def draw(self, rng: torch.Generator) -> dict[str, float]:
         """Draw the size of the window and where it lies."""
@@ -397,3 +278,85 @@ class Crop(Transform):
         first, begin = round(top * (height - rows)), round(left * (width - columns))
         window = image[..., first : first + rows, begin : begin + columns]
         return resize(window, (height, width), "bilinear").clamp(0, 1)
+
+
+@dataclass(frozen=True, init=False)
+class Sequence(Transform):
+    """One transform after another: `Sequence(Jpeg(), Resize())`.
+
+    Strengths carry the place of their member: `apply(image, **{"0.quality": 75, "1.scale": 0.5})`.
+    """
+
+    members: tuple[Transform, ...]
+
+    def __init__(self, *members: Transform) -> None:
+        object.__setattr__(self, "members", members)
+
+    def draw(self, rng: torch.Generator) -> dict[str, float]:
+        """Draw for every member, in order."""
+        return {
+            f"{place}.{name}": value
+            for place, member in enumerate(self.members)
+            for name, value in member.draw(rng).items()
+        }
+
+    def apply(self, image: Image, **strengths: float) -> Image:
+        """Apply every member to (B, 3, H, W)."""
+        for place, member in enumerate(self.members):
+            image = member.apply(image, **_of_member(strengths, place))
+        return image
+
+    def apply_mask(self, mask: Mask, **strengths: float) -> Mask:
+        """Move a mask through every member."""
+        for place, member in enumerate(self.members):
+            mask = member.apply_mask(mask, **_of_member(strengths, place))
+        return mask
+
+
+def _of_member(strengths: Mapping[str, float], place: int) -> dict[str, float]:
+    start = f"{place}."
+    return {key[len(start) :]: strengths[key] for key in strengths if key.startswith(start)}
+
+
+@dataclass(frozen=True, init=False)
+class OneOf(Transform):
+    """One of several transforms, drawn by weight: `OneOf(Identity(), Jpeg(), weights=(1, 3))`."""
+
+    members: tuple[Transform, ...]
+    #: how often each is drawn, of any sum
+    weights: tuple[float, ...]
+
+    def __init__(self, *members: Transform, weights: tuple[float, ...] | None = None) -> None:
+        weights = tuple(weights) if weights is not None else (1.0,) * len(members)
+        if len(weights) != len(members) or not sum(weights) > 0 or min(weights) < 0:
+            raise ConfigError(
+                f"`weights` must be {len(members)} numbers of at least 0, not all 0, got {weights}"
+            )
+        object.__setattr__(self, "members", members)
+        object.__setattr__(self, "weights", weights)
+
+    def _at(self, share: float) -> int:
+        """The member that lies at a share, [0, 1), of the summed weights."""
+        ends = list(accumulate(self.weights))
+        return min(bisect_right(ends, share * ends[-1]), len(ends) - 1)
+
+    def draw(self, rng: torch.Generator) -> dict[str, float]:
+        """Draw a member, then its strengths."""
+        place = self._at(uniform((0, 1), rng))
+        strengths = self.members[place].draw(rng)
+        return {"member": place, **{f"{place}.{name}": strengths[name] for name in strengths}}
+
+    def apply(self, image: Image, *, member: float, **strengths: float) -> Image:
+        """Apply one member, by its place, to (B, 3, H, W)."""
+        place = int(member)
+        return self.members[place].apply(image, **_of_member(strengths, place))
+
+    def apply_mask(self, mask: Mask, *, member: float, **strengths: float) -> Mask:
+        """Move a mask through one member, by its place."""
+        place = int(member)
+        return self.members[place].apply_mask(mask, **_of_member(strengths, place))
+
+    def stratified(self, count: int, rng: torch.Generator) -> list[Transform]:
+        """Draw `count` members spread over the weights: the same mean with less variance."""
+        offset = uniform((0, 1), rng)
+        return [self.members[self._at((place + offset) / count)] for place in range(count)]

@@ -3,7 +3,8 @@
 Each is a frozen dataclass that holds a strength or a range of it. `transform(image, rng)` draws one
 strength for the whole batch, `transform.apply(image, quality=75)` is told. The shape of the image
 is kept, and so is [0, 1]: what may overshoot is clamped plainly, so a pixel that is pushed past an
-end of the range has gradient zero there.
+end of the range has gradient zero there. `transform.with_mask(image, mask, rng)`
+moves a mask along.
 
 Example:
     >>> rng = torch.Generator().manual_seed(0)
@@ -16,10 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from bisect import bisect_right
-from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,12 +30,13 @@ from shields.codec import (
     Crop,
     Identity,
     Jpeg,
+    OneOf,
     Range,
     Resize,
     Seeded,
+    Sequence,
     Transform,
     resize,
-    uniform,
 )
 from shields.errors import ConfigError
 from shields.registry import Registry, did_you_mean
@@ -144,6 +143,7 @@ class Rotate(Transform):
     degrees: Range = (-10.0, 10.0)
 
     limits: ClassVar = {"degrees": (-360, 360)}
+    moves: ClassVar = True
 
     def apply(self, image: Image, *, degrees: float) -> Image:
         """Rotate (B, 3, H, W) counter-clockwise."""
@@ -165,6 +165,7 @@ class AffineJitter(Seeded):
     sigma: Range = 0.02
 
     limits: ClassVar = {"sigma": (0, 0.2)}
+    moves: ClassVar = True
 
     def apply(self, image: Image, *, sigma: float, seed: float = 0) -> Image:
         """Move (B, 3, H, W)."""
@@ -239,77 +240,6 @@ class ColorJitter(Transform):
         image = Contrast().apply(image, factor=contrast)
         image = Saturation().apply(image, factor=saturation)
         return _turn_hue(image, hue).clamp(0, 1)
-
-
-@dataclass(frozen=True, init=False)
-class Sequence(Transform):
-    """One transform after another: `Sequence(Jpeg(), Resize())`.
-
-    Strengths carry the place of their member: `apply(image, **{"0.quality": 75, "1.scale": 0.5})`.
-    """
-
-    members: tuple[Transform, ...]
-
-    def __init__(self, *members: Transform) -> None:
-        object.__setattr__(self, "members", members)
-
-    def draw(self, rng: torch.Generator) -> dict[str, float]:
-        """Draw for every member, in order."""
-        return {
-            f"{place}.{name}": value
-            for place, member in enumerate(self.members)
-            for name, value in member.draw(rng).items()
-        }
-
-    def apply(self, image: Image, **strengths: float) -> Image:
-        """Apply every member to (B, 3, H, W)."""
-        for place, member in enumerate(self.members):
-            image = member.apply(image, **_of_member(strengths, place))
-        return image
-
-
-def _of_member(strengths: Mapping[str, float], place: int) -> dict[str, float]:
-    start = f"{place}."
-    return {key[len(start) :]: strengths[key] for key in strengths if key.startswith(start)}
-
-
-@dataclass(frozen=True, init=False)
-class OneOf(Transform):
-    """One of several transforms, drawn by weight: `OneOf(Identity(), Jpeg(), weights=(1, 3))`."""
-
-    members: tuple[Transform, ...]
-    #: how often each is drawn, of any sum
-    weights: tuple[float, ...]
-
-    def __init__(self, *members: Transform, weights: tuple[float, ...] | None = None) -> None:
-        weights = tuple(weights) if weights is not None else (1.0,) * len(members)
-        if len(weights) != len(members) or not sum(weights) > 0 or min(weights) < 0:
-            raise ConfigError(
-                f"`weights` must be {len(members)} numbers of at least 0, not all 0, got {weights}"
-            )
-        object.__setattr__(self, "members", members)
-        object.__setattr__(self, "weights", weights)
-
-    def _at(self, share: float) -> int:
-        """The member that lies at a share, [0, 1), of the summed weights."""
-        ends = list(accumulate(self.weights))
-        return min(bisect_right(ends, share * ends[-1]), len(ends) - 1)
-
-    def draw(self, rng: torch.Generator) -> dict[str, float]:
-        """Draw a member, then its strengths."""
-        place = self._at(uniform((0, 1), rng))
-        strengths = self.members[place].draw(rng)
-        return {"member": place, **{f"{place}.{name}": strengths[name] for name in strengths}}
-
-    def apply(self, image: Image, *, member: float, **strengths: float) -> Image:
-        """Apply one member, by its place, to (B, 3, H, W)."""
-        place = int(member)
-        return self.members[place].apply(image, **_of_member(strengths, place))
-
-    def stratified(self, count: int, rng: torch.Generator) -> list[Transform]:
-        """Draw `count` members spread over the weights: the same mean with less variance."""
-        offset = uniform((0, 1), rng)
-        return [self.members[self._at((place + offset) / count)] for place in range(count)]
 
 
 def _value(text: str) -> float | str | tuple[float, ...]:
