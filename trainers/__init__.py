@@ -10,5 +10,7 @@ TRAINERS: Registry[type] = Registry(
     {
         "portrait-ae": "trainers.portrait_ae:PortraitAutoencoderTraining",
         "face-embedder": "trainers.face_embedder:FaceEmbedderTraining",
+        "expression-classifier": "trainers.attribute_classifier:AttributeClassifierTraining",
+        "manipulator": "trainers.manipulator:ManipulatorTraining",
     },
 )

@@ -44,14 +44,23 @@ def pack(
     output: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
     size: Annotated[int, typer.Option(help="Side of a packed face, pixels.")] = 160,
     margin: Annotated[float, typer.Option(help="Side of the cut, in face boxes.")] = 1.8,
+    labels: Annotated[
+        Path | None, typer.Option(help="A CSV with a column `file` and columns of labels.")
+    ] = None,
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=COLUMN:YES|NO", help="A label to keep; may be repeated."),
+    ] = None,
 ) -> None:
     """Cut the faces out of photos once, so that training never decodes an image again."""
+    from trainers.pack import Attribute
     from trainers.pack import pack as run
 
     if not source.exists():
         raise typer.BadParameter(f"there is no {source}")
     with _one_line_errors():
-        report = run(source, output, size=size, margin=margin)
+        attributes = [Attribute.parse(text) for text in attribute or []]
+        report = run(source, output, size=size, margin=margin, labels=labels, attributes=attributes)
     typer.echo(f"{report.faces} faces of {report.identities} people in {output}")
     for name, reason in report.skipped.items():
         typer.echo(f"left out {name}: {reason}", err=True)
@@ -75,7 +84,7 @@ def _lightning(name: str, verb: str) -> Callable[[typer.Context], None]:
     return command
 
 
-def _export(name: str) -> Callable[[Path, Path, Path, Path | None, str], None]:
+def _export(name: str) -> Callable[..., None]:
     def command(
         checkpoint: Annotated[Path, typer.Argument(help="A Lightning checkpoint of this trainer.")],
         pack_file: Annotated[Path, typer.Option("--pack", help="Held-out people to measure on.")],
@@ -85,13 +94,19 @@ def _export(name: str) -> Callable[[Path, Path, Path, Path | None, str], None]:
             typer.Option(help="Its config; trainers/configs/NAME.yaml where left out."),
         ] = None,
         remarks: Annotated[str, typer.Option(help="What the card shall say beside.")] = "",
+        called: Annotated[
+            str, typer.Option("--name", help="The card's name; the trainer's where left out.")
+        ] = "",
     ) -> None:
         """Measure a checkpoint on held-out people and write safetensors and card."""
         from trainers.export import export_checkpoint
 
         with _one_line_errors():
             config = recipe or Path("trainers/configs") / f"{name}.yaml"
-            typer.echo(export_checkpoint(name, checkpoint, pack_file, folder, config, remarks))
+            card = export_checkpoint(
+                name, checkpoint, pack_file, folder, config, remarks=remarks, called=called
+            )
+            typer.echo(card)
 
     return command
 

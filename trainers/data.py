@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -30,17 +31,26 @@ def held_out(identity: str, share: float) -> bool:
 class FacePack(Dataset[dict[str, Tensor]]):
     """One file made by `trainers.pack`, either its training or its validation people.
 
-    An item is `face` (3, S, S) uint8, `landmarks` (5, 2) float32 in its pixels, `identity` ().
+    An item is `face` (3, S, S) uint8, `landmarks` (5, 2) float32 in its pixels, `identity` (), and,
+    where attributes are asked for, `labels` (N,) int64, 0 or 1; faces without all labels are left
+    out.
     """
 
-    def __init__(self, path: Path, *, validation: bool, share: float = 0.1) -> None:
+    def __init__(
+        self, path: Path, *, validation: bool, share: float = 0.1, attributes: Sequence[str] = ()
+    ) -> None:
         if not path.is_file():
             raise ImageError(f"no face pack at {path}; make it with `shields train pack`")
         with safe_open(path, framework="pt") as archive:
             names = json.loads(archive.metadata()["identities"])
             identity = archive.get_tensor("identity")
             wanted = torch.tensor([held_out(name, share) == validation for name in names])
-            self.index = wanted[identity].nonzero().flatten()
+            usable = wanted[identity]
+            self.labels = None
+            if attributes:
+                self.labels = _labels(archive, path, attributes)
+                usable = usable & (self.labels >= 0).all(dim=1)
+            self.index = usable.nonzero().flatten()
             self.faces = archive.get_tensor("faces")
             self.landmarks = archive.get_tensor("landmarks")
         self.identity = identity
@@ -50,11 +60,26 @@ class FacePack(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, item: int) -> dict[str, Tensor]:
         row = int(self.index[item])
-        return {
+        sample = {
             "face": self.faces[row].permute(2, 0, 1),
             "landmarks": self.landmarks[row],
             "identity": self.identity[row],
         }
+        if self.labels is not None:
+            sample["labels"] = self.labels[row]
+        return sample
+
+
+def _labels(archive: Any, path: Path, attributes: Sequence[str]) -> Tensor:  # noqa: ANN401  untyped
+    known = json.loads(archive.metadata().get("attributes", "[]"))
+    absent = [name for name in attributes if name not in known]
+    if absent:
+        raise ImageError(
+            f"{path} holds no labels for {', '.join(absent)} (it has: {', '.join(known) or 'none'})"
+            "; make it with `shields train pack --labels FILE.csv --attribute NAME=COLUMN:YES|NO`"
+        )
+    labels: Tensor = archive.get_tensor("labels")
+    return labels[:, [known.index(name) for name in attributes]].long()
 
 
 class _Mixture(Sampler[list[int]]):
@@ -95,6 +120,7 @@ class FacePacks(pl.LightningDataModule):
         validation_pack: The file whose held-out people are validated on; the first if left out.
         share: Share of the people that is held out.
         seed: Fixes which faces a batch holds.
+        attributes: Labels that every face must have; they come with the batch in this order.
     """
 
     def __init__(
@@ -106,15 +132,17 @@ class FacePacks(pl.LightningDataModule):
         validation_pack: Path | None = None,
         share: float = 0.1,
         seed: int = 0,
+        attributes: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
+        self.attributes = attributes
         self.packs, self.weights = packs, weights or [1.0] * len(packs)
         self.batch, self.batches, self.share, self.seed = batch, batches, share, seed
         self.validation_pack = validation_pack or packs[0]
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Batches of the training people."""
-        sets = [FacePack(path, validation=False, share=self.share) for path in self.packs]
+        sets = [self._pack(path, validation=False) for path in self.packs]
         joined: ConcatDataset[dict[str, Tensor]] = ConcatDataset(sets)
         sizes = [len(part) for part in sets]
         sampler = _Mixture(
@@ -124,11 +152,18 @@ class FacePacks(pl.LightningDataModule):
 
     def _batches_done(self) -> int:
         trainer = self.trainer
-        return trainer.global_step * trainer.accumulate_grad_batches if trainer is not None else 0
+        if trainer is None:
+            return 0
+        # `global_step` counts the steps of every optimizer, and a GAN has two of them.
+        stepped = trainer.fit_loop.epoch_loop._batches_that_stepped
+        return stepped * trainer.accumulate_grad_batches
+
+    def _pack(self, path: Path, *, validation: bool) -> FacePack:
+        return FacePack(path, validation=validation, share=self.share, attributes=self.attributes)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """All held-out people of the validation pack, in order."""
-        held = FacePack(self.validation_pack, validation=True, share=self.share)
+        held = self._pack(self.validation_pack, validation=True)
         return DataLoader(held, batch_size=self.batch)
 
 

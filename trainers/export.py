@@ -109,17 +109,25 @@ def export(
 
 
 def export_checkpoint(
-    name: str, checkpoint: Path, pack: Path, folder: Path, recipe: Path, remarks: str = ""
+    name: str,
+    checkpoint: Path,
+    pack: Path,
+    folder: Path,
+    recipe: Path,
+    *,
+    remarks: str = "",
+    called: str = "",
 ) -> Path:
     """Measure a Lightning checkpoint on the held-out people of a pack, then `export` it.
 
     Args:
-        name: The trainer's name in `TRAINERS`, and the card's.
+        name: The trainer's name in `TRAINERS`.
         checkpoint: What the trainer saved.
         pack: A file made by `trainers.pack`.
         folder: Usually `checkpoints/`.
         recipe: The config that it was trained with, as the card shall name it.
         remarks: What the card shall say beside what is known here.
+        called: The card's name; the trainer's if left out.
     """
     import pytorch_lightning as pl
 
@@ -133,14 +141,24 @@ def export_checkpoint(
             if value.is_floating_point():
                 value.copy_(value.half())
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="auto")
-    (results,) = trainer.validate(module, FacePacks([pack]), verbose=False)
+    held_out = FacePacks([pack], attributes=tuple(module.hparams.get("attributes", ())))
+    (results,) = trainer.validate(module, held_out, verbose=False)
     state, config = module.export()
     facts = Recipe(
-        name=name,
+        name=called or name,
         command=f"shields train {name} fit --config {recipe.as_posix()}",
         seed=int(module.seed),
-        steps=int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]),
+        steps=_batches(checkpoint),
         remarks=remarks,
-        **kind.CARD,
+        **module.CARD,
     )
-    return export(state, config, facts, dict(results), folder)
+    card = export(state, config, facts, dict(results), folder)
+    if hasattr(module, "measure"):  # what can be measured on the shipped file alone
+        card = export(state, config, facts, {**results, **module.measure(card, pack)}, folder)
+    return card
+
+
+def _batches(checkpoint: Path) -> int:
+    """Batches trained on; `global_step` counts a GAN's two optimizers."""
+    loops = torch.load(checkpoint, map_location="cpu", weights_only=True)["loops"]
+    return int(loops["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])

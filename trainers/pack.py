@@ -1,16 +1,19 @@
 """Pack face photos into one memory-mapped file, so that a trainer never decodes an image twice.
 
 A pack is a safetensors file: `faces` (N, size, size, 3) uint8, `landmarks` (N, 5, 2) float32 in
-pixels of the packed face, `identity` (N,) int64; the names of identities and skipped files are in
-its metadata. A folder is an identity where photos lie in folders, else each photo is one.
+pixels of the packed face, `identity` (N,) int64, and `labels` (N, attributes) int8, 1, 0 or -1 for
+unknown; the names of files, identities, attributes and skipped files are in its metadata. A folder
+is an identity where photos lie in folders, else each photo is one.
 """
 
 from __future__ import annotations
 
+import csv
 import io
 import json
+import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -22,11 +25,59 @@ from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
 
-from shields.errors import ImageError
+from shields.errors import ConfigError, ImageError
 
-__all__ = ["PackReport", "pack", "read_photos"]
+__all__ = ["Attribute", "PackReport", "pack", "read_labels", "read_photos"]
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribute:
+    """A label that stands in a column of a table: `Smiling=expression:happiness|neutral`."""
+
+    name: str
+    column: str
+    yes: str
+    no: str
+
+    @classmethod
+    def parse(cls, text: str) -> Attribute:
+        """Read `NAME=COLUMN:YES|NO`.
+
+        Raises:
+            ConfigError: The text is laid out otherwise.
+        """
+        found = re.fullmatch(r"([^=]+)=([^:]+):([^|]+)\|([^|]+)", text)
+        if found is None:
+            raise ConfigError(f"an attribute is written NAME=COLUMN:YES|NO, got {text!r}")
+        name, column, yes, no = found.groups()
+        return cls(name=name, column=column, yes=yes, no=no)
+
+
+def read_labels(table: Path, attributes: Sequence[Attribute]) -> dict[str, list[int]]:
+    """Read a CSV with a column `file`: file's bare name -> 1, 0 or -1 (unknown) per attribute.
+
+    Raises:
+        ConfigError: The table cannot be read, or lacks a column.
+    """
+    try:
+        with table.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{table} cannot be read: {error}") from error
+    columns = list(rows[0]) if rows else []
+    absent = [
+        name for name in ("file", *(item.column for item in attributes)) if name not in columns
+    ]
+    if absent:
+        raise ConfigError(f"{table} lacks the column {absent[0]!r}; it has: {', '.join(columns)}")
+    return {
+        PurePosixPath(row["file"]).name: [
+            {item.yes: 1, item.no: 0}.get(row[item.column], -1) for item in attributes
+        ]
+        for row in rows
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +134,15 @@ def _crop(
     return np.asarray(face), (points - corner) * scale
 
 
-def pack(source: Path, output: Path, *, size: int = 160, margin: float = 1.8) -> PackReport:
+def pack(
+    source: Path,
+    output: Path,
+    *,
+    size: int = 160,
+    margin: float = 1.8,
+    labels: Path | None = None,
+    attributes: Sequence[Attribute] = (),
+) -> PackReport:
     """Cut the face nearest to each photo's middle and write the pack; bad files are only named.
 
     Args:
@@ -91,12 +150,16 @@ def pack(source: Path, output: Path, *, size: int = 160, margin: float = 1.8) ->
         output: The safetensors file to write.
         size: Side of a packed face, pixels.
         margin: Side of the square that is cut, as a multiple of the detected box.
+        labels: A CSV with a column `file` that tells attributes of the photos.
+        attributes: Which of its columns are wanted.
 
     Raises:
+        ConfigError: The table of labels cannot be used.
         ImageError: There is no face at all, or the source is neither a folder nor a tar.
     """
+    table = read_labels(labels, attributes) if labels is not None else {}
     detector = MTCNN(min_face_size=40, keep_all=True)
-    faces, landmarks, identities = [], [], []
+    faces, landmarks, identities, files = [], [], [], []
     names: dict[str, int] = {}
     skipped: dict[str, str] = {}
     photos = list(read_photos(source))
@@ -119,17 +182,23 @@ def pack(source: Path, output: Path, *, size: int = 160, margin: float = 1.8) ->
         face, point = _crop(image, boxes[best], points[best], size, margin)
         faces.append(torch.from_numpy(face.copy()))
         landmarks.append(torch.from_numpy(point).float())
+        files.append(name)
         identities.append(names.setdefault(_identity(name), len(names)))
     if not faces:
         raise ImageError(f"no face was found in any of the {len(photos)} photos of {source}")
     output.parent.mkdir(parents=True, exist_ok=True)
+    unknown = [-1] * len(attributes)
+    known = [table.get(PurePosixPath(name).name, unknown) for name in files]
+    lists = {"identities": list(names), "files": files, "skipped": skipped,
+             "attributes": [item.name for item in attributes]}  # fmt: skip
     save_file(
         {
             "faces": torch.stack(faces),
             "landmarks": torch.stack(landmarks),
             "identity": torch.tensor(identities),
+            "labels": torch.tensor(known, dtype=torch.int8).reshape(len(files), -1),
         },
         output,
-        metadata={"identities": json.dumps(list(names)), "skipped": json.dumps(skipped)},
+        metadata={key: json.dumps(value) for key, value in lists.items()},
     )
     return PackReport(faces=len(faces), identities=len(names), skipped=skipped)

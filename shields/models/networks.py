@@ -89,7 +89,7 @@ class Taef2(nn.Module):
         return self.decoder(self.encoder(image))
 
 
-class _ConvBlock(nn.Module):
+class ConvBlock(nn.Module):
     """Convolution without bias, batch norm, PReLU unless `linear`."""
 
     def __init__(
@@ -140,8 +140,8 @@ class MobileFaceNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = _ConvBlock(3, 64, 3, stride=2, padding=1)
-        self.dw_conv1 = _ConvBlock(64, 64, 3, padding=1, groups=64)
+        self.conv1 = ConvBlock(3, 64, 3, stride=2, padding=1)
+        self.dw_conv1 = ConvBlock(64, 64, 3, padding=1, groups=64)
         blocks: list[nn.Module] = []
         width = 64
         for expansion, outputs, repeats, first_stride in self.STAGES:
@@ -150,9 +150,9 @@ class MobileFaceNet(nn.Module):
                 blocks.append(_InvertedResidual(width, outputs, stride, expansion))
                 width = outputs
         self.blocks = nn.Sequential(*blocks)
-        self.conv2 = _ConvBlock(width, 512, 1)
-        self.linear7 = _ConvBlock(512, 512, (7, 6), groups=512, linear=True)
-        self.linear1 = _ConvBlock(512, 128, 1, linear=True)
+        self.conv2 = ConvBlock(width, 512, 1)
+        self.linear7 = ConvBlock(512, 512, (7, 6), groups=512, linear=True)
+        self.linear1 = ConvBlock(512, 128, 1, linear=True)
 
     def forward(self, face: Tensor) -> Tensor:
         """Embed aligned faces; not normalised."""
@@ -210,7 +210,7 @@ class PortraitAutoencoder(nn.Module):
         return self.decoder(self.encoder(image))
 
 
-class _NormResidual(nn.Module):
+class NormResidual(nn.Module):
     """Pre-activation block of two convolutions with batch norm."""
 
     def __init__(self, width: int) -> None:
@@ -248,16 +248,16 @@ class FaceEmbedder(nn.Module):
         for width, repeats in zip(widths, blocks, strict=True):
             stages.append(
                 nn.Sequential(
-                    _ConvBlock(inputs, width, 3, stride=2, padding=1),
-                    *(_NormResidual(width) for _ in range(repeats)),
+                    ConvBlock(inputs, width, 3, stride=2, padding=1),
+                    *(NormResidual(width) for _ in range(repeats)),
                 )
             )
             inputs = width
         self.stages = nn.Sequential(*stages)
         self.head = nn.Sequential(
-            _ConvBlock(inputs, 2 * inputs, 1),
-            _ConvBlock(2 * inputs, 2 * inputs, (7, 6), groups=2 * inputs, linear=True),
-            _ConvBlock(2 * inputs, dimensions, 1, linear=True),
+            ConvBlock(inputs, 2 * inputs, 1),
+            ConvBlock(2 * inputs, 2 * inputs, (7, 6), groups=2 * inputs, linear=True),
+            ConvBlock(2 * inputs, dimensions, 1, linear=True),
         )
 
     def forward(self, face: Tensor) -> Tensor:
