@@ -225,3 +225,14 @@ def test_a_subclass_needs_only_run() -> None:
     assert torch.equal(manipulator(given, told), given + 0.25)
     with pytest.raises(ImageError, match="multiples of 4"):
         manipulator(image(30))
+
+
+def test_the_owner_of_a_method_is_frozen_too_and_keeps_its_mode() -> None:
+    module = swapper().train()
+    manipulator = wrap(module.forward, native_size=224)
+    assert all(not parameter.requires_grad for parameter in module.parameters())
+    assert module.training
+    assert module.layers[1].training
+    assert {id(parameter) for parameter in module.parameters()} <= {
+        id(parameter) for parameter in manipulator.parameters()
+    }

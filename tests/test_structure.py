@@ -19,16 +19,26 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 #: what wraps other people's packages is loaded when a name is looked up, never at import
 HEAVY = (
-    "diffusers", "facenet_pytorch", "kornia", "lightning", "lpips", "pytorch_lightning",
-    "torchmetrics", "torchvision", "transformers",
+    "cv2", "diffusers", "facenet_pytorch", "h5py", "kornia", "lightning", "lpips",
+    "pytorch_grad_cam", "pytorch_lightning", "torchmetrics", "torchvision", "transformers",
 )  # fmt: skip
 #: the core from bottom to top; a module may import those of its own and of lower layers
 LAYERS = (
     {"errors", "registry"},
+    {"card"},
     {"types"},
     {"budget"},
-    {"codec", "faces", "jpeg", "masks", "photo", "provenance", "transforms", "visibility",
-     "weights"},
+    {
+        "codec",
+        "faces",
+        "jpeg",
+        "masks",
+        "photo",
+        "provenance",
+        "transforms",
+        "visibility",
+        "weights",
+    },
     {"models"},
     {"metrics", "pgd"},
     {"protectors"},

@@ -183,7 +183,10 @@ class ManipulatorTraining(pl.LightningModule):
         from trainers.manipulator_measure import measure
 
         model = load("manipulator", str(card), store=WeightStore(), device=torch.device("cpu"))
-        return measure(model, pack, self.scheme.attributes[0], size=self.scheme.size, **self.JUDGES)
+        return measure(
+            model, pack, self.scheme.attributes[0], size=self.scheme.size,
+            classifier=self.JUDGES["classifier"], recognizer=self.JUDGES["recognizer"],
+        )  # fmt: skip
 
     def export(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """State dict and card's settings of the network that is shipped."""

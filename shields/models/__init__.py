@@ -42,6 +42,9 @@ RECOGNIZERS: Registry[Any] = Registry(
         "face-embedder": "shields.models.recognizers:FaceEmbedderModel",
         "mobilefacenet": "shields.models.recognizers:MobileFaceNetModel",
         "inception-resnet-v1": "shields.models.recognizers:FaceNetModel",
+        "arcface-ir": "shields.models.arcface:IrModel",
+        "arcface-iresnet": "shields.models.arcface:IResNetModel",
+        "arcface-ir-se101": "shields.models.arcface:SharedSlopeModel",
     },
 )
 PERCEPTUAL: Registry[Any] = Registry(
@@ -71,8 +74,9 @@ EDITORS: Registry[Any] = Registry(
         "instruct-pix2pix": "shields.models.editors:InstructPix2PixEditor",
         "img2img": "shields.models.editors:ImageToImageEditor",
         "inpainting": "shields.models.editors:InpaintingEditor",
-        "ip-adapter": "shields.models.editors:IPAdapterEditor",
-        "flux2": "shields.models.editors:Flux2Editor",
+        "ip-adapter": "shields.models.reference_editors:IPAdapterEditor",
+        "flux2": "shields.models.reference_editors:Flux2Editor",
+        "diffusers": "shields.models.editors:PipelineEditor",
     },
 )
 CLASSIFIERS: Registry[Any] = Registry(
@@ -100,7 +104,12 @@ _TABLES: Mapping[str, Registry[Any]] = {
     "classifier": CLASSIFIERS,
 }
 #: role -> architecture of a folder, or of a Hugging Face id, in diffusers' layout
-_FOLDERS = {"autoencoder": "diffusers", "diffusion": "latent-diffusion", "parser": "segformer"}
+_FOLDERS = {
+    "autoencoder": "diffusers",
+    "diffusion": "latent-diffusion",
+    "editor": "diffusers",
+    "parser": "segformer",
+}
 _FEATURES = "features:"
 
 
@@ -202,6 +211,7 @@ def _is_import(name: str) -> bool:
 def _plugged(role: str, address: str, settings: Mapping[str, Any], name: str) -> Frozen:
     """Call a factory that is not ours, and hold what it returns to the contract."""
     from shields.models.base import Frozen
+    from shields.models.manipulation import Animator, Manipulator
 
     module, _, attribute = address.partition(":")
     try:
@@ -212,9 +222,13 @@ def _plugged(role: str, address: str, settings: Mapping[str, Any], name: str) ->
         network = factory(**settings)
     except ShieldsError:
         raise
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ConfigError(f"the {role} {address!r} cannot be made: {error}") from error
-    if not isinstance(network, Frozen):
+    except Exception as error:  # of code that we know nothing about
+        said = " ".join(str(error).split())
+        raise ConfigError(
+            f"the {role} {address!r} cannot be made: {type(error).__name__}: {said}"
+        ) from error
+    wanted = (Manipulator, Animator) if role == "manipulator" else Frozen
+    if not isinstance(network, wanted):
         raise ConfigError(
             f"{address} returned a {type(network).__name__}; a factory must return a {role}: pass "
             "the network through shields.models.manipulation.wrap"

@@ -167,7 +167,8 @@ class _Wrapped(Manipulator):
         features: Callable[[Tensor], Tensor] | None,
     ) -> None:
         super().__init__()
-        self.network = network  # a module registers itself, so that it moves to the device
+        # Modules register themselves, and so move to the device; a method brings its own.
+        self.network, self._owner = network, getattr(network, "__self__", None)
         self.conditions, self.multiple = conditions, multiple
         self.native_size, self._ranges, self._named = native_size, ranges, named
         self._features = features
@@ -228,10 +229,9 @@ def wrap(
         >>> invert(torch.full((1, 3, 8, 8), 0.25))[0, 0, 0, 0].item()
         0.75
     """
-    training = {
-        name: module.training
-        for name, module in (network.named_modules() if isinstance(network, nn.Module) else ())
-    }
+    given = (network, getattr(network, "__self__", None), features)
+    parts = [module for part in given if isinstance(part, nn.Module) for module in part.modules()]
+    modes = [module.training for module in parts]
     wrapped = _Wrapped(
         network,
         tuple(conditions) or ("default",),
@@ -242,8 +242,7 @@ def wrap(
         features=features,
     )
     # Freezing set evaluation mode; its owner knows better in which mode it works.
-    if isinstance(network, nn.Module):
-        for name, module in network.named_modules():
-            module.training = training[name]
+    for module, mode in zip(parts, modes, strict=True):
+        module.training = mode
     wrapped.name = getattr(network, "__name__", type(network).__name__)
     return wrapped

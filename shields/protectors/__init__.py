@@ -35,6 +35,8 @@ PROTECTORS: Registry[type[Protector]] = Registry(
         "sds": "shields.protectors.advdm:Sds",
         "sdst": "shields.protectors.advdm:Sdst",
         "editshield": "shields.protectors.editshield:EditShield",
+        "disrupting": "shields.protectors.disrupting:Disrupting",
+        "antiforgery": "shields.protectors.antiforgery:AntiForgery",
         "fgsm": "shields.protectors.gradient:Fgsm",
         "ifgsm": "shields.protectors.gradient:Ifgsm",
         "pgd": "shields.protectors.gradient:Pgd",

@@ -41,6 +41,18 @@ VARIANTS = {
     "advdm": [{"sign": "-", "checkpoint": True}, {"antithetic": False, "stratified": False}],
     "sds": [{"sign": "+"}],
     "editshield": [{"as_coded": True, "norm": "none"}],
+    "disrupting": [
+        {"classes": "joint", "keep": "best", "patience": 2},
+        {"blur": "spread", "conditions": "smiling"},
+        {"blur": "eot", "steps": 2},
+        {"aim": "nullify", "start": "zero", "checkpoint": True},
+        {"aim": "white", "blur": "fixed", "robust": True},
+    ],
+    "antiforgery": [
+        {"as_coded": True, "norm": "none"},
+        {"robust": True, "update": "sign", "rounding": True},
+        {"norm": "l2", "levels": 200.0},
+    ],
     "pgd": [
         {"objective": name}
         for name in (
