@@ -16,7 +16,7 @@ from shields.registry import did_you_mean
 __all__ = ["ROLES", "Card"]
 
 ROLES = ("autoencoder", "recognizer", "perceptual", "diffusion", "detector", "generator",
-         "manipulator", "editor", "parser", "classifier", "purifier")  # fmt: skip
+         "manipulator", "editor", "parser", "adapter", "classifier", "purifier")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,8 @@ _FOLDER_FILES = {
             for name in ("config.json", "*.safetensors", "*.safetensors.index.json")
         ),
     ),
+    "adapter": ("ip-adapter_sd15.safetensors", "image_encoder/config.json",
+                "image_encoder/model.safetensors"),
     "parser": ("config.json", "preprocessor_config.json", "model.safetensors"),
 }  # fmt: skip
 
@@ -104,7 +106,7 @@ class WeightStore:
         """
         tried = []
         for place in self._candidates(card):
-            if place.is_file() if card.file else any(place.glob("*.json")):
+            if place.is_file() if card.file else _is_folder_of_weights(place):
                 _check_digest(card, place)
                 return place
             tried.append(str(place))
@@ -209,6 +211,10 @@ def digest(path: Path) -> str:
         with path.open("rb") as stream:
             _DIGESTS[key] = hashlib.file_digest(stream, "sha256").hexdigest()
     return _DIGESTS[key]
+
+
+def _is_folder_of_weights(place: Path) -> bool:
+    return any(place.glob("*.json")) or any(place.glob("*.safetensors"))
 
 
 def _check_digest(card: Card, path: Path) -> None:

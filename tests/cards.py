@@ -6,7 +6,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from shields.models.arcface_networks import IResNetwork, IrNetwork, SharedSlopeNetwork
+from shields.models.classifiers import AttributeClassifier
+from shields.models.hisd_network import HisdGenerator
 from shields.models.networks import FaceEmbedder, MobileFaceNet, PortraitAutoencoder, Taef2
+from shields.models.relgan_network import RelganGenerator, SwitchNorm
+from shields.models.star_networks import AttentionGenerator, FixedPointGenerator, StarGenerator
 from tests import tiny
 
 
@@ -85,3 +90,47 @@ def save_every_architecture(folder):
             folder, "random-lpips-squeeze", "perceptual", "lpips-squeeze", file="squeeze.pth"
         )
         save_diffusers(folder)
+        save_arcface(folder)
+        save_manipulators(folder)
+
+
+def save_arcface(folder):
+    sizes = {"blocks": (1, 1, 1, 1), "widths": (16, 16, 16, 16), "dimensions": 16}
+    config = "[config]\nblocks = [1, 1, 1, 1]\nwidths = [16, 16, 16, 16]\ndimensions = 16\n"
+    layouts = {
+        "arcface-ir": IrNetwork, "arcface-iresnet": IResNetwork,
+        "arcface-ir-se101": SharedSlopeNetwork,
+    }  # fmt: skip
+    for name, network in layouts.items():
+        save_file_model(
+            folder, f"small-{name}", "recognizer", name, randomised(network(**sizes), 4), config
+        )
+
+
+def save_manipulators(folder):
+    generators = {
+        "stargan": StarGenerator(2, width=8, blocks=2),
+        "aggan": AttentionGenerator(2, width=8, blocks=2),
+        "fpgan": FixedPointGenerator(2, width=8, blocks=2),
+        "relgan": RelganGenerator(2, 8, blocks=4),
+        "hisd": HisdGenerator(
+            (2, 3), width=8, inner=8, blocks=3, style=16, noise=4, hidden=8,
+            extractor=(4, 8, 8, 8),
+        ),
+    }  # fmt: skip
+    two = '[config]\nattributes = ["Blond_Hair", "Smiling"]\n'
+    hisd = '[config]\ntags = ["hat", "hair"]\n'
+    hisd += 'attributes = [["with", "without"], ["black", "blond", "brown"]]\n'
+    for name, network in generators.items():
+        for parameter in network.parameters():  # far enough from zero for edits to differ
+            parameter.data.mul_(1.5)
+        for module in network.modules():
+            if isinstance(module, SwitchNorm):
+                module.running_var.fill_(1)
+        extra = hisd if name == "hisd" else two + "sign = 1\n" * (name == "relgan")
+        save_file_model(folder, f"small-{name}", "manipulator", name, network, extra)
+    save_file_model(
+        folder, "small-classifier", "classifier", "attribute-classifier",
+        randomised(AttributeClassifier(("Smiling", "Young"), 16, (4, 8)), 5),
+        '[config]\nattributes = ["Smiling", "Young"]\nsize = 16\nwidths = [4, 8]\n',
+    )  # fmt: skip

@@ -142,3 +142,31 @@ def test_images_out_of_range_are_refused(detector: MtcnnDetector, portrait: torc
 def test_the_device_changes_nothing(detector: MtcnnDetector, portrait: torch.Tensor) -> None:
     (face,) = MtcnnDetector.load(device="cuda")(portrait)
     assert face.box == pytest.approx(detector(portrait)[0].box, abs=0.5)
+
+
+def test_the_first_network_scores_a_level_as_the_detector_does(
+    detector: MtcnnDetector, portrait: torch.Tensor
+) -> None:
+    pnet = detector._network.pnet
+    sizes = detector.proposals.sizes(512, 512)
+    assert sizes[0] == (308, 308)
+    assert sizes[-1] == (14, 14)
+    for size in sizes[3:]:
+        small = torch.nn.functional.interpolate(portrait * 255, size=size, mode="area")
+        expected = pnet((small - 127.5) * 0.0078125)[1][:, 1]
+        assert torch.allclose(detector.proposals(portrait, size), expected, atol=1e-5)
+
+
+def test_a_gradient_goes_from_the_first_network_to_the_image_alone(
+    detector: MtcnnDetector, portrait: torch.Tensor
+) -> None:
+    image = portrait.clone().requires_grad_(True)
+    detector.proposals(image, (40, 40), "bilinear").max().backward()
+    assert image.grad is not None
+    assert (image.grad != 0).any()
+    assert not any(parameter.requires_grad for parameter in detector.proposals.parameters())
+
+
+def test_a_tiny_image_has_no_levels(detector: MtcnnDetector) -> None:
+    assert detector.proposals.sizes(19, 300) == []
+    assert detector.proposals.sizes(20, 300) == [(13, 181)]

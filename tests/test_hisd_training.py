@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from shields.models.hisd import HiSDModel
 from shields.weights import Card
 from tests import tiny
+from trainers.adversaries import gradient_at_photos
 from trainers.data import FacePacks
 from trainers.hisd import Forgeries, HisdScheme
-from trainers.hisd_adversary import HisdDiscriminator, gradient_at_photos
+from trainers.hisd_adversary import HisdDiscriminator
 from trainers.manipulator import ManipulatorTraining
 
 # Lightning speaks to people at a terminal; its advice is not a fault of ours.

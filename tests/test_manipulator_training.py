@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from shields import models
 from shields.errors import ConfigError, ImageError, UnknownName
 from shields.weights import Card, WeightStore
 from tests import tiny
-from trainers.adversaries import StarDiscriminator, adversarial_loss, gradient_penalty
+from trainers.adversaries import adversarial_loss, fooling_loss, gradient_penalty
 from trainers.attribute_classifier import AttributeClassifierTraining
 from trainers.cli import app
 from trainers.data import FacePack, FacePacks
@@ -154,15 +155,14 @@ class TestLabels:
 
 
 class TestDiscriminator:
-    def test_score_is_realness_plus_signed_claims(self) -> None:
-        planes = torch.arange(12.0).view(1, 3, 2, 2)
-        found = StarDiscriminator.score(planes, torch.tensor([[1, 0]]))
-        assert torch.equal(found[0], planes[0, 0] + planes[0, 1] - planes[0, 2])
-
     def test_losses_in_closed_form(self) -> None:
         real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
         assert adversarial_loss("hinge", real, fake) == 0.25 + 0.5
         assert adversarial_loss("wgan-gp", real, fake) == -1.5 - 1.25
+        assert fooling_loss("hinge", fake) == fooling_loss("wgan-gp", fake) == 1.5
+        even = torch.zeros(2)
+        assert adversarial_loss("logistic", even, even) == pytest.approx(2 * math.log(2))
+        assert fooling_loss("logistic", even) == pytest.approx(math.log(2))
 
     @pytest.mark.parametrize("slope", [0.0, 1.0, 3.0])
     def test_penalty_of_a_linear_score(self, slope: float) -> None:
@@ -179,7 +179,7 @@ class TestDiscriminator:
 
 class TestTraining:
     @KINDS
-    @pytest.mark.parametrize("adversarial", ["hinge", "wgan-gp"])
+    @pytest.mark.parametrize("adversarial", ["logistic", "hinge", "wgan-gp"])
     def test_every_parameter_learns_and_the_average_follows(
         self, kind: str, adversarial: str, packed: Path, tmp_path: Path
     ) -> None:

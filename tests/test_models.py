@@ -1,4 +1,4 @@
-"""The contracts of autoencoders, recognizers and perceptual distances.
+"""The contracts of networks with a gradient: autoencoders, recognizers, manipulators, and so on.
 
 Every architecture is built small and random, saved as its publisher does, and loaded by name.
 """
@@ -19,9 +19,11 @@ from tests import tiny
 CPU = torch.device("cpu")
 
 AUTOENCODERS = ("tiny", "small-portrait-ae", "small-taef2", "small-kl", "small-tiny", "small-flux2")
-RECOGNIZERS = ("tiny", "small-face-embedder", "random-mobilefacenet", "random-facenet")
+RECOGNIZERS = ("tiny", "small-face-embedder", "random-mobilefacenet", "random-facenet",
+               "small-arcface-ir", "small-arcface-iresnet", "small-arcface-ir-se101")  # fmt: skip
 PERCEPTUAL = ("tiny", "random-lpips-squeeze", "features:small-portrait-ae", "features:small-kl",
               "features:small-tiny", "features:random-mobilefacenet")  # fmt: skip
+MANIPULATORS = ("tiny", "small-stargan", "small-aggan", "small-fpgan", "small-relgan", "small-hisd")
 
 
 def fetch(role, name, store):
@@ -34,6 +36,8 @@ CASES = [
     *(("autoencoder", name) for name in AUTOENCODERS),
     *(("recognizer", name) for name in RECOGNIZERS),
     *(("perceptual", name) for name in PERCEPTUAL),
+    *(("manipulator", name) for name in MANIPULATORS),
+    ("classifier", "small-classifier"),
 ]
 
 
@@ -45,7 +49,7 @@ def case(request, store):
     if role == "recognizer":
         height, width = network.crop_size
         return role, network, tiny.faces_image(2, height, width=width)
-    return role, network, tiny.faces_image(2, 64)
+    return role, network, tiny.faces_image(2, 32 if role == "manipulator" else 64)
 
 
 def run(role, network, image):
@@ -54,6 +58,12 @@ def run(role, network, image):
         return network.decode(network.encode(image)).flatten(1).square().mean(1)
     if role == "recognizer":
         return network.embed(image)[:, :3].sum(1)
+    if role == "manipulator":
+        return torch.stack(
+            [network(image, name).square().mean((1, 2, 3)) for name in network.conditions]
+        ).sum(0)
+    if role == "classifier":
+        return network(image).sum(1)
     return network(image, image.flip(3))
 
 
@@ -66,6 +76,8 @@ def test_every_architecture_is_under_test(store):
             architectures.setdefault(card.role, set()).add(card.architecture)
     assert architectures["autoencoder"] == set(models.AUTOENCODERS)
     assert architectures["recognizer"] == set(models.RECOGNIZERS)
+    assert architectures["manipulator"] == set(models.MANIPULATORS)
+    assert architectures["classifier"] == set(models.CLASSIFIERS)
     assert architectures["perceptual"] <= set(models.PERCEPTUAL)
 
 
@@ -104,6 +116,19 @@ def test_batch_equals_its_singles(case):
     role, network, image = case
     singles = torch.cat([run(role, network, sample[None]) for sample in image])
     torch.testing.assert_close(run(role, network, image), singles, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_a_batch_is_that_of_its_singles(case):
+    role, network, image = case
+
+    def gradient(batch):
+        batch = batch.clone().requires_grad_(True)
+        run(role, network, batch).sum().backward()
+        return batch.grad
+
+    whole = gradient(image)
+    singles = torch.cat([gradient(sample[None]) for sample in image])
+    torch.testing.assert_close(whole, singles, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
 
 
 def test_name_is_the_cards(case, request):
@@ -273,3 +298,23 @@ def test_accelerate_changes_speed_and_not_the_result() -> None:
     assert compiled._encode is not plain._encode
     (gradient,) = torch.autograd.grad(compiled.reconstruct(image).sum(), image)
     assert gradient.any()
+
+
+@pytest.mark.parametrize("name", MANIPULATORS)
+def test_every_condition_of_a_manipulator_does_something_of_its_own(name, store):
+    network, image = fetch("manipulator", name, store), tiny.faces_image(2, 32)
+    forged = [network(image, condition) for condition in network.conditions]
+    assert all(picture.shape == image.shape for picture in forged)
+    for index, picture in enumerate(forged):
+        others = forged[:index] + forged[index + 1 :]
+        assert all((picture - other).abs().max() > 1e-4 for other in others)
+    assert torch.equal(network(image), forged[0])
+
+
+@pytest.mark.parametrize("name", MANIPULATORS)
+def test_features_of_a_manipulator_are_a_quarter_of_the_image(name, store):
+    network, image = fetch("manipulator", name, store), tiny.faces_image(2, 32)
+    forged, features = network.outputs(image, network.conditions[0])
+    assert features.shape[2:] == (8, 8)
+    assert torch.equal(network.features(image), features)
+    assert torch.equal(network(image), forged)

@@ -44,6 +44,12 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def always(layer, answer):
+    """Make a layer answer the same to everything."""
+    nn.init.zeros_(layer.weight)
+    nn.init.constant_(layer.bias, answer)
+
+
 @pytest.fixture
 def face():
     return 2 * tiny.faces_image(8, 16) - 1
@@ -107,17 +113,16 @@ class TestGenerator:
     def test_fooling_wants_the_realness_of_photos(self, face, kind, value):
         made = scheme(adversarial=kind)
         generator, adversary = players(made)
-        nn.init.zeros_(adversary.realness.weight)
-        nn.init.constant_(adversary.realness.bias, 0.3)
+        always(adversary.realness, 0.3)
         terms, _ = made.generator_losses(generator, adversary, face, LABELS, 1 - LABELS, rng())
         assert terms["fool"].item() == pytest.approx(value, abs=1e-5)
 
     def test_a_convinced_adversary_leaves_nothing_to_match_or_smooth(self, face):
         made = scheme()
         generator, adversary = players(made)
-        for layer, answer in ((adversary.verdict, 1.0), (adversary.degree, 0.0)):
-            nn.init.zeros_(layer.weight)
-            nn.init.constant_(layer.bias, answer)
+        always(adversary.verdict, 1.0)
+        always(adversary.degree, 0.0)
+        nn.init.zeros_(adversary.shown.weight)
         terms, _ = made.generator_losses(generator, adversary, face, LABELS, 1 - LABELS, rng())
         assert terms["match"].item() == terms["between"].item() == 0
 
@@ -155,12 +160,22 @@ class TestAdversary:
         assert truth[len(labels) :].any() == lucky
         assert not truth.all()
 
+    def test_matching_grows_with_what_the_second_shows_more(self, face):
+        made = scheme()
+        adversary = players(made)[1]
+        _, features = adversary(face)
+        shown = adversary.shown(features)[:, :, 0, 0]
+        always(adversary.verdict, 0.3)
+        score = adversary.matching(features, features.roll(1, 0), LABELS)
+        wanted = 0.3 + (LABELS * (shown.roll(1, 0) - shown)).sum(1)
+        assert torch.allclose(score, wanted, atol=1e-5)
+
     @pytest.mark.parametrize("doubt", [0.0, 0.5])
     def test_matching_is_the_distance_from_the_truth(self, face, doubt):
         made = scheme(doubt=doubt, matching=2.0)
         generator, adversary = players(made)
-        nn.init.zeros_(adversary.verdict.weight)
-        nn.init.constant_(adversary.verdict.bias, 0.2)
+        always(adversary.verdict, 0.2)
+        nn.init.zeros_(adversary.shown.weight)
         _, forged = made.generator_losses(generator, adversary, face, LABELS, 1 - LABELS, rng())
         terms = made.discriminator_losses(adversary, face, forged, LABELS, rng())
         truth = triplets(LABELS)[3]
@@ -170,8 +185,7 @@ class TestAdversary:
     def test_interpolation_is_known_to_be_half_way_at_most(self, face):
         made = scheme(interpolation=3.0)
         adversary = players(made)[1]
-        nn.init.zeros_(adversary.degree.weight)
-        nn.init.constant_(adversary.degree.bias, 0.1)
+        always(adversary.degree, 0.1)
         vector = 1 - 2 * LABELS
         vector[1] = 0  # nothing asked of the second: no point of its way is between
         forged = Forgeries(vector, face, face[:3], face[3:6], torch.tensor([0.2, 0.4, 0.9]))
@@ -185,8 +199,7 @@ class TestAdversary:
     def test_realness_is_told_by_the_loss_that_was_asked_for(self, face, kind, value):
         made = scheme(adversarial=kind, penalty=0.0)
         generator, adversary = players(made)
-        nn.init.zeros_(adversary.realness.weight)
-        nn.init.constant_(adversary.realness.bias, 0.3)
+        always(adversary.realness, 0.3)
         _, forged = made.generator_losses(generator, adversary, face, LABELS, 1 - LABELS, rng())
         terms = made.discriminator_losses(adversary, face, forged, LABELS, rng())
         assert terms["adversarial"].item() == pytest.approx(value, abs=1e-5)
@@ -209,9 +222,9 @@ class TestAdversary:
         # What the first attribute looks like: light.
         lit = face * 0.3 + (LABELS[:, :1] - 0.5)[..., None, None]
         forged = Forgeries(LABELS, lit, lit[:2], lit[:2], torch.rand(2, generator=rng()))
-        optimizer = torch.optim.SGD(adversary.parameters(), lr=0.1, momentum=0.9)
+        optimizer = torch.optim.SGD(adversary.parameters(), lr=0.02, momentum=0.9)
         losses = []
-        for _ in range(40):
+        for _ in range(80):
             loss = made._matching(adversary, lit, forged, LABELS[:, :1] * torch.ones(1, 2), rng())
             optimizer.zero_grad()
             loss.backward()

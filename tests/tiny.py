@@ -23,10 +23,12 @@ from shields.models.star_networks import StarGenerator
 from shields.types import Image
 
 if TYPE_CHECKING:
+    from shields.models.detectors import MtcnnDetector
     from shields.models.diffusion import LatentDiffusion
 
 __all__ = [
     "autoencoder",
+    "detector",
     "diffusion",
     "diffusion_parts",
     "faces_image",
@@ -251,6 +253,13 @@ def save_diffusion(folder: Path, seed: int = 0, *, image_condition: bool = False
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def detector() -> MtcnnDetector:
+    """MTCNN itself: small, and its weights come with its package."""
+    from shields.models.detectors import MtcnnDetector
+
+    return MtcnnDetector.load()
 
 
 def manipulator(seed: int = 0) -> StarGANModel:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from shields.errors import ShieldsError
+from shields.errors import OutputError, ShieldsError
 from trainers import TRAINERS
 
 __all__ = ["app"]
@@ -64,6 +64,32 @@ def pack(
     typer.echo(f"{report.faces} faces of {report.identities} people in {output}")
     for name, reason in report.skipped.items():
         typer.echo(f"left out {name}: {reason}", err=True)
+
+
+@app.command()
+def sheet(
+    manipulators: Annotated[list[str], typer.Argument(help="Cards of manipulators.")],
+    pack_file: Annotated[Path, typer.Option("--pack", help="Held-out people to show.")],
+    output: Annotated[Path, typer.Option("--to", help="The picture to write, PNG or JPEG.")],
+    attribute: Annotated[str, typer.Option(help="What is changed.")] = "Smiling",
+    people: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
+) -> None:
+    """Draw people that no manipulator was trained on, and what each manipulator makes of them."""
+    import torch
+
+    from shields.models import load
+    from shields.weights import WeightStore
+    from trainers.manipulator_measure import draw_sheet
+
+    with _one_line_errors():
+        store, device = WeightStore(), torch.device("cpu")
+        models = [load("manipulator", name, store=store, device=device) for name in manipulators]
+        picture = draw_sheet(models, pack_file, attribute, people=people)
+        try:
+            picture.save(output)
+        except (OSError, ValueError) as error:
+            raise OutputError(f"cannot write {output}: {error}") from error
+    typer.echo(output)
 
 
 def _lightning(name: str, verb: str) -> Callable[[typer.Context], None]:

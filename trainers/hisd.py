@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shields.models.hisd_network import HisdGenerator
-from trainers.hisd_adversary import HisdDiscriminator, gradient_at_photos
+from trainers.adversaries import gradient_at_photos
+from trainers.hisd_adversary import HisdDiscriminator
 from trainers.scheme import Scheme
 
 __all__ = ["Forgeries", "HisdScheme"]

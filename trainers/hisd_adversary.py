@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from shields.models.hisd_network import DownBlock
 
-__all__ = ["HisdDiscriminator", "gradient_at_photos"]
+__all__ = ["HisdDiscriminator"]
 
 
 class HisdDiscriminator(nn.Module):
@@ -58,18 +58,3 @@ class HisdDiscriminator(nn.Module):
 def _bounded(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d | nn.Linear):
         spectral_norm(module)
-
-
-def gradient_at_photos(score: Callable[[Tensor], Tensor], photo: Tensor) -> Tensor:
-    """Mean squared norm of the score's gradient at photos, with a graph.
-
-    Args:
-        score: (B, 3, S, S) -> (B,), samples independent.
-        photo: (B, 3, S, S).
-
-    Source:
-        R1 of Mescheder et al. (2018), https://arxiv.org/abs/1801.04406.
-    """
-    photo = photo.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(score(photo).sum(), photo, create_graph=True)
-    return gradient.square().sum(dim=(1, 2, 3)).mean()

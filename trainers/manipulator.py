@@ -48,7 +48,7 @@ class ManipulatorTraining(pl.LightningModule):
         head_start: Batches in the beginning on which only the discriminator learns; a generator
             that is told nothing yet learns to do nothing, and does not come back from it.
         region: Share of the packed face's side that is cut out.
-        rate: Adam's peak learning rate of the generator; the discriminator's is twice that.
+        rate: Adam's peak learning rate, of both networks.
         average: Decay of the averaged weights that are validated and exported.
         seed: Fixes crops, mirrors and whatever the scheme draws.
     """
@@ -68,7 +68,7 @@ class ManipulatorTraining(pl.LightningModule):
         settings: dict[str, Any] | None = None,
         head_start: int = 200,
         region: float = 0.89,
-        rate: float = 2e-4,
+        rate: float = 4e-4,
         average: float = 0.998,
         seed: int = 0,
     ) -> None:
@@ -151,7 +151,7 @@ class ManipulatorTraining(pl.LightningModule):
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
         """Adam for both; constant, then linear to zero over the second half."""
         total = max(1, int(self.trainer.estimated_stepping_batches))
-        pairs = ((self.generator, self.rate), (self.discriminator, 2 * self.rate))
+        pairs = ((self.generator, self.rate), (self.discriminator, self.rate))
         optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Adam(network.parameters(), lr=peak, betas=(0.5, 0.999))
             for network, peak in pairs

@@ -14,7 +14,7 @@ from torch import Tensor
 from shields.budget import Budget
 from shields.models import load
 from shields.models.classifiers import AttributeClassifierModel
-from shields.models.manipulation import Manipulator, resized
+from shields.models.manipulation import Condition, Manipulator, resized
 from shields.pgd import PgdConfig, pgd
 from shields.types import Image, Step
 from shields.weights import WeightStore
@@ -56,13 +56,22 @@ def held_out_faces(
     return image, landmarks, torch.stack([sample["labels"] for sample in samples])
 
 
+def _condition(model: Manipulator, attribute: str, *, give: bool) -> Condition:
+    """Look up what gives or takes an attribute, as StarGAN's kin or as HiSD name it."""
+    name = attribute.lower()
+    kin = name if give else f"not_{name}"
+    return model.condition(
+        kin if kin in model.conditions else f"{name}:{'with' if give else 'without'}"
+    )
+
+
 def _forged(
     model: Manipulator, image: Image, attribute: str, wanted: Tensor, *, batch: int = 32
 ) -> Image:
     """Give each face the attribute, or take it away, as its entry of `wanted` says."""
     forged = torch.empty_like(image)
-    for value, prefix in ((1, ""), (0, "not_")):
-        condition = model.condition(prefix + attribute.lower())
+    for value in (1, 0):
+        condition = _condition(model, attribute, give=bool(value))
         for rows in torch.split((wanted == value).nonzero().flatten(), batch):
             forged[rows] = model(image[rows], condition)
     return forged
@@ -108,7 +117,7 @@ def measure(
 
 def _moved(model: Manipulator, image: Image, attribute: str) -> Tensor:
     """Mean squared distance (B,), in [-1, 1], between forgeries of photo and perturbed photo."""
-    condition = model.condition(attribute.lower())
+    condition = _condition(model, attribute, give=True)
     clean = model(image, condition)
 
     def objective(view: Image, step: Step) -> Tensor:

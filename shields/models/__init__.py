@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from shields.models.manipulation import Editor, Manipulator
     from shields.models.parsing import Parser
 
-__all__ = ["AUTOENCODERS", "CLASSIFIERS", "DETECTORS", "DIFFUSIONS", "EDITORS", "MANIPULATORS",
-           "PARSERS", "PERCEPTUAL", "RECOGNIZERS", "architecture", "load", "plugins"]  # fmt: skip
+__all__ = ["ADAPTERS", "AUTOENCODERS", "CLASSIFIERS", "DETECTORS", "DIFFUSIONS", "EDITORS",
+           "MANIPULATORS", "PARSERS", "PERCEPTUAL", "RECOGNIZERS", "architecture", "load",
+           "plugins"]  # fmt: skip
 
 #: architectures, in the order in which they are listed; an entry has `load(source, card)`
 AUTOENCODERS: Registry[Any] = Registry(
@@ -68,6 +69,9 @@ MANIPULATORS: Registry[Any] = Registry(
         "hisd": "shields.models.hisd:HiSDModel",
     },
 )
+ADAPTERS: Registry[Any] = Registry(
+    "image-prompt adapter", {"ip-adapter": "shields.models.ip_adapter:IpAdapterModel"}
+)
 EDITORS: Registry[Any] = Registry(
     "editor architecture",
     {
@@ -100,6 +104,7 @@ _TABLES: Mapping[str, Registry[Any]] = {
     "diffusion": DIFFUSIONS,
     "manipulator": MANIPULATORS,
     "editor": EDITORS,
+    "adapter": ADAPTERS,
     "parser": PARSERS,
     "classifier": CLASSIFIERS,
 }
@@ -107,6 +112,7 @@ _TABLES: Mapping[str, Registry[Any]] = {
 _FOLDERS = {
     "autoencoder": "diffusers",
     "diffusion": "latent-diffusion",
+    "adapter": "ip-adapter",
     "editor": "diffusers",
     "parser": "segformer",
 }

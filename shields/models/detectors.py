@@ -2,24 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from facenet_pytorch import MTCNN
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from shields.errors import ConfigError
-from shields.models.base import Detector
+from shields.models.base import Detector, Frozen
 from shields.types import Face, Image, check_image
 
-__all__ = ["MtcnnDetector"]
+__all__ = ["MtcnnDetector", "ProposalNetwork"]
 
 #: longer side of the copy that is searched first, and of the one searched if nothing was found
 _SIDES = (1024, 2048)
 #: smallest face that is looked for in such a copy, pixels; the network knows none below
 _LEAST_FACE = 20
+#: side of what the first network looks at, pixels, and the ratio of its pyramid's levels
+_WINDOW, _FACTOR = 12, 0.709
+
+
+class ProposalNetwork(Frozen):
+    """MTCNN's first network over its pyramid, with a gradient: how much each place is a face."""
+
+    HOT = ("_probability",)
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.freeze()
+
+    @staticmethod
+    def sizes(height: int, width: int) -> list[tuple[int, int]]:
+        """Height and width of the pyramid's levels, finest first; empty for a tiny image."""
+        scale, sizes = _WINDOW / _LEAST_FACE, []
+        while min(height, width) * scale >= _WINDOW:
+            sizes.append((int(height * scale + 1), int(width * scale + 1)))
+            scale *= _FACTOR
+        return sizes
+
+    def _probability(self, small: Image) -> Tensor:
+        _, probability = self.network((small * 255 - 127.5) * 0.0078125)
+        face: Tensor = probability[:, 1]
+        return face
+
+    def forward(
+        self, image: Image, size: tuple[int, int], kernel: Literal["area", "bilinear"] = "area"
+    ) -> Tensor:
+        """Shrink (B, 3, H, W), [0, 1] to a level and score its places.
+
+        Args:
+            image: (B, 3, H, W), [0, 1].
+            size: Height and width of the level, one of `sizes`.
+            kernel: "area" is what the detector itself shrinks by.
+
+        Returns:
+            (B, h, w), the probability that a face of 12 pixels stands there.
+        """
+        return self._probability(functional.interpolate(image, size=size, mode=kernel))
 
 
 class MtcnnDetector(Detector):
@@ -46,11 +88,17 @@ class MtcnnDetector(Detector):
             self._network: Any = MTCNN(
                 keep_all=True, min_face_size=_LEAST_FACE, device=self.device
             ).eval()
+        #: the first network, for objectives: it has a gradient, the search has none
+        self.proposals = ProposalNetwork(self._network.pnet)
 
     @classmethod
     def load(cls, *, device: torch.device | str = "cpu") -> Self:
         """Build with the usual threshold."""
         return cls(device)
+
+    def accelerate(self, backend: str = "inductor") -> None:
+        """Compile the first network, the only one that a loop runs."""
+        self.proposals.accelerate(backend)
 
     def __call__(self, image: Image) -> list[Face]:
         """Find the faces in (1, 3, H, W), [0, 1], largest first; an empty list where none is."""

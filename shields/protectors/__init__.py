@@ -37,6 +37,8 @@ PROTECTORS: Registry[type[Protector]] = Registry(
         "editshield": "shields.protectors.editshield:EditShield",
         "disrupting": "shields.protectors.disrupting:Disrupting",
         "antiforgery": "shields.protectors.antiforgery:AntiForgery",
+        "df-rap": "shields.protectors.dfrap:DfRap",
+        "faceshield": "shields.protectors.faceshield:FaceShield",
         "fgsm": "shields.protectors.gradient:Fgsm",
         "ifgsm": "shields.protectors.gradient:Ifgsm",
         "pgd": "shields.protectors.gradient:Pgd",

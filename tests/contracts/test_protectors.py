@@ -53,6 +53,11 @@ VARIANTS = {
         {"robust": True, "update": "sign", "rounding": True},
         {"norm": "l2", "levels": 200.0},
     ],
+    "df-rap": [{"conditions": "smiling", "gradient": "straight", "balance": 0.5}],
+    "faceshield": [
+        {"softened": False, "low_passed": False, "momentum": 0.9},
+        {"detector_weight": 0.0, "keep": "best"},
+    ],
     "pgd": [
         {"objective": name}
         for name in (
