@@ -16,7 +16,8 @@ from shields.registry import did_you_mean
 __all__ = ["ROLES", "Card"]
 
 ROLES = ("autoencoder", "recognizer", "perceptual", "diffusion", "detector", "generator",
-         "manipulator", "editor", "parser", "adapter", "classifier", "purifier")  # fmt: skip
+         "manipulator", "editor", "parser", "adapter", "classifier", "denoiser",
+         "purifier")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

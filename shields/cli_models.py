@@ -35,6 +35,8 @@ NETWORKS = {
     "perceptual": "perceptual",
     "diffusions": "diffusion",
     "parsers": "parser",
+    "generators": "generator",
+    "denoisers": "denoiser",
     "classifiers": "classifier",
 }
 

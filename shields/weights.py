@@ -46,6 +46,15 @@ _FOLDER_FILES = {
     ),
     "adapter": ("ip-adapter_sd15.safetensors", "image_encoder/config.json",
                 "image_encoder/model.safetensors"),
+    "denoiser": (
+        "model_index.json", "config.json", "scheduler_config.json", "scheduler/*.json",
+        "unet/config.json",
+        *(
+            f"{part}diffusion_pytorch_model.{suffix}"
+            for part in ("", "unet/")
+            for suffix in ("safetensors", "bin")
+        ),
+    ),
     "parser": ("config.json", "preprocessor_config.json", "model.safetensors"),
 }  # fmt: skip
 
