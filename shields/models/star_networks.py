@@ -31,8 +31,10 @@ class PerImageNorm(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Normalise (B, C, H, W) per image and channel, biased variance."""
-        # One group per channel: the same function as `instance_norm`, whose gradient torch 2.15
-        # gets wrong without a word on CPUs, for a single image in channels-last layout.
+        if len(features) > 1:
+            return functional.instance_norm(features, weight=self.weight, bias=self.bias, eps=1e-5)
+        # The same function by another name, and slower: torch 2.15 gets the gradient of the one
+        # above wrong without a word on CPUs, for a single image in channels-last layout.
         return functional.group_norm(features, features.shape[1], self.weight, self.bias, 1e-5)
 
 
