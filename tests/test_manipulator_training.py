@@ -27,6 +27,8 @@ from trainers.data import FacePack, FacePacks
 from trainers.manipulator import ManipulatorTraining
 from trainers.manipulator_measure import draw_sheet, held_out_faces, measure
 from trainers.pack import Attribute, pack, read_labels
+from trainers.scheme import seen_attributes
+from trainers.star import StarScheme
 
 # Lightning speaks to people at a terminal; its advice is not a fault of ours.
 pytestmark = [
@@ -139,6 +141,18 @@ class TestLabels:
             read_labels(table, wanted)
         with pytest.raises(ConfigError, match="cannot be read"):
             read_labels(tmp_path / "absent.csv", wanted)
+        for half in ({"labels": table}, {"attributes": wanted}):
+            with pytest.raises(ConfigError, match="both a table and the attributes"):
+                pack(tmp_path, tmp_path / "pack.safetensors", **half)
+
+    def test_a_file_that_is_no_pack_says_so(self, tmp_path: Path) -> None:
+        path = tmp_path / "no-pack.safetensors"
+        path.write_bytes(b"not safetensors")
+        with pytest.raises(ImageError, match="is no face pack"):
+            FacePack(path, validation=True)
+        save_file({"faces": torch.zeros(1)}, path)
+        with pytest.raises(ImageError, match="is no face pack; make one"):
+            held_out_faces(path, ["Light"])
 
     def test_faces_without_a_label_are_left_out_and_columns_chosen(self, packed: Path) -> None:
         train = FacePack(packed, validation=False, attributes=("Dark", "Light"))
@@ -193,15 +207,14 @@ class TestTraining:
     def test_a_generator_learns_what_its_teacher_sees(
         self, packed: Path, tmp_path: Path, judge: str
     ) -> None:
-        """Without identity and cycle, what is asked for must show: light is lighter than dark."""
         losses = {"cycle": 0.0, "identity": 0.0, "teacher": judge, "classification": 10.0}
         module = small("stargan", rate=1e-2, average=0.5, settings=losses)
         trainer(tmp_path, max_epochs=1).fit(module, packs(packed, 60))
-        face = held_out_faces(packed, ["Light"], size=16)[0] * 2 - 1
-        ones = torch.ones(len(face), 1)
-        lighter = module.scheme.forge(module.averaged, face, ones, ones)
-        darker = module.scheme.forge(module.averaged, face, ones, 0 * ones)
-        assert (lighter - darker).mean() > 0.1
+        face, _, own = held_out_faces(packed, ["Light"], size=16)
+        teacher = models.load("classifier", judge, store=WeightStore(), device=torch.device("cpu"))
+        forged = module.scheme.forge(module.averaged, face * 2 - 1, own.float(), 1 - own.float())
+        assert torch.equal((teacher(face) > 0.5).long(), own)
+        assert torch.equal((teacher((forged + 1) / 2) > 0.5).long(), 1 - own)
 
     def test_the_discriminator_gets_its_head_start(self, packed: Path, tmp_path: Path) -> None:
         module = small("stargan")
@@ -232,6 +245,19 @@ class TestTraining:
             small("stargan", settings={"cycles": 1.0})
         with pytest.raises(UnknownName, match="stargan"):
             small("stargun")
+        with pytest.raises(ConfigError, match="`adversarial` must be one of logistic, hinge"):
+            small("stargan", settings={"adversarial": "lsgan"})
+        with pytest.raises(ConfigError, match="multiple of 4"):
+            StarScheme(size=30)
+
+    def test_a_teacher_is_asked_for_what_it_knows_at_its_own_size(self, judge: str) -> None:
+        face = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        store = WeightStore()
+        network = models.load("classifier", judge, store=store, device=torch.device("cpu"))
+        seen = seen_attributes(judge, ("Light",), face)
+        torch.testing.assert_close(seen.sigmoid(), network((face + 1) / 2))
+        with pytest.raises(ConfigError, match="does not know Male but Light"):
+            seen_attributes(judge, ("Male",), face)
 
 
 class TestClassifier:

@@ -128,7 +128,7 @@ def test_the_gradient_of_a_batch_is_that_of_its_singles(case):
 
     whole = gradient(image)
     singles = torch.cat([gradient(sample[None]) for sample in image])
-    torch.testing.assert_close(whole, singles, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
+    torch.testing.assert_close(whole, singles, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
 
 
 def test_name_is_the_cards(case, request):

@@ -18,6 +18,7 @@ from trainers.adversaries import gradient_penalty
 from trainers.data import FacePacks
 from trainers.manipulator import ManipulatorTraining
 from trainers.relgan import Forgeries, RelganScheme, triplets
+from trainers.scheme import resized
 
 # Lightning speaks to people at a terminal; its advice is not a fault of ours.
 pytestmark = [
@@ -266,19 +267,19 @@ class TestTraining:
 
     def test_a_teacher_must_see_the_target(self, face, tmp_path, monkeypatch):
         with tiny.seeded(1):
-            teacher = AttributeClassifier(("Smiling", "Male"), 16, (4, 4))
+            teacher = AttributeClassifier(("Smiling", "Male"), 8, (4, 4))
         save_file(teacher.state_dict(), tmp_path / "relgan-teacher.safetensors")
         (tmp_path / "relgan-teacher.toml").write_text(
             'name = "relgan-teacher"\nrole = "classifier"\narchitecture = "attribute-classifier"\n'
             'file = "relgan-teacher.safetensors"\n[config]\nattributes = ["Smiling", "Male"]\n'
-            "size = 16\nwidths = [4, 4]\n"
+            "size = 8\nwidths = [4, 4]\n"
         )
         monkeypatch.setenv("SHIELDS_CHECKPOINTS", str(tmp_path))
         made = scheme(teacher="relgan-teacher", classification=2.0)
         terms, _ = made.generator_losses(
             Constant(0.1), players(made)[1], face, LABELS, 1 - LABELS, rng()
         )
-        logits = teacher.eval()(face + 0.1)
+        logits = teacher.eval()(resized(face + 0.1, 8))  # the size that it was trained at
         wanted = nn.functional.binary_cross_entropy_with_logits(logits, 1 - LABELS)
         assert terms["class"].item() == pytest.approx(2 * wanted.item(), rel=1e-4)
         assert terms["class"].requires_grad

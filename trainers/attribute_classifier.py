@@ -11,8 +11,6 @@ Source:
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
@@ -39,17 +37,6 @@ class AttributeClassifierTraining(pl.LightningModule):
         noise: Standard deviation of the noise under which it learns, range 2.
         seed: Fixes initial weights, crops, mirrors, augmentation and noise.
     """
-
-    #: what the card says beside what is measured
-    CARD: ClassVar[dict[str, str]] = {
-        "role": "classifier",
-        "architecture": "attribute-classifier",
-        "summary": "Is the face smiling? The judge of edits, trained apart from manipulators.",
-        "licence": "Apache-2.0; trained on LFW (research use)",
-        "data": "LFW faces with expression labels (happiness or neutral); a tenth of the people, "
-        "chosen by a hash of the name, is held out; results on them",
-        "teacher": "",
-    }
 
     def __init__(
         self,
@@ -96,6 +83,22 @@ class AttributeClassifierTraining(pl.LightningModule):
             logits = self.network(resized(face, self.size))
         right = ((logits > 0) == (batch["labels"] > 0)).float().mean()
         self.log("val_accuracy", right, prog_bar=True, batch_size=len(packed))
+
+    @property
+    def CARD(self) -> dict[str, str]:  # noqa: N802  a constant with the other trainers
+        """What the card says beside what is measured."""
+        use = "The judge of edits, trained apart from manipulators."
+        if self.noise:
+            use = "Teacher of manipulators, trained under noise; never their judge."
+        return {
+            "role": "classifier",
+            "architecture": "attribute-classifier",
+            "summary": f"Is the face smiling? {use}",
+            "licence": "Apache-2.0; trained on LFW (research use)",
+            "data": "LFW faces with expression labels (happiness or neutral); a tenth of the "
+            "people, chosen by a hash of the name, is held out; results on them",
+            "teacher": "",
+        }
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, linear warm-up, cosine to zero over the trainer's steps."""

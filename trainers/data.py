@@ -11,7 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
@@ -41,7 +41,7 @@ class FacePack(Dataset[dict[str, Tensor]]):
     ) -> None:
         if not path.is_file():
             raise ImageError(f"no face pack at {path}; make it with `shields train pack`")
-        with safe_open(path, framework="pt") as archive:
+        with _opened(path) as archive:
             names = json.loads(archive.metadata()["identities"])
             identity = archive.get_tensor("identity")
             wanted = torch.tensor([held_out(name, share) == validation for name in names])
@@ -68,6 +68,17 @@ class FacePack(Dataset[dict[str, Tensor]]):
         if self.labels is not None:
             sample["labels"] = self.labels[row]
         return sample
+
+
+def _opened(path: Path) -> Any:  # noqa: ANN401  untyped
+    try:
+        archive: Any = safe_open(path, framework="pt")
+        known = archive.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ImageError(f"{path} is no face pack: {error}") from error
+    if "identities" not in known:
+        raise ImageError(f"{path} is no face pack; make one with `shields train pack`")
+    return archive
 
 
 def _labels(archive: Any, path: Path, attributes: Sequence[str]) -> Tensor:  # noqa: ANN401  untyped
@@ -155,8 +166,7 @@ class FacePacks(pl.LightningDataModule):
         if trainer is None:
             return 0
         # `global_step` counts the steps of every optimizer, and a GAN has two of them.
-        stepped = trainer.fit_loop.epoch_loop._batches_that_stepped
-        return stepped * trainer.accumulate_grad_batches
+        return trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
     def _pack(self, path: Path, *, validation: bool) -> FacePack:
         return FacePack(path, validation=validation, share=self.share, attributes=self.attributes)

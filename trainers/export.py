@@ -29,7 +29,7 @@ class Recipe:
     licence: str
     #: where the training photos come from, and how they were split
     data: str
-    #: the network that was distilled, empty if none
+    #: the network that was distilled, or that judged what was learned; empty if none
     teacher: str
     #: the command that trains it
     command: str
@@ -161,4 +161,4 @@ def export_checkpoint(
 def _batches(checkpoint: Path) -> int:
     """Batches trained on; `global_step` counts a GAN's two optimizers."""
     loops = torch.load(checkpoint, map_location="cpu", weights_only=True)["loops"]
-    return int(loops["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
+    return int(loops["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"])

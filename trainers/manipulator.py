@@ -45,8 +45,8 @@ class ManipulatorTraining(pl.LightningModule):
         size: Side of the square that the networks see, pixels, divisible by 4.
         width: Generator's channels at full resolution.
         settings: Further fields of the architecture's `Scheme`, above all the losses' weights.
-        head_start: Batches in the beginning on which only the discriminator learns; a generator
-            that is told nothing yet learns to do nothing, and does not come back from it.
+        head_start: Batches in the beginning on which only the discriminator learns, for schemes in
+            which it alone says what an edit is.
         region: Share of the packed face's side that is cut out.
         rate: Adam's peak learning rate, of both networks.
         average: Decay of the averaged weights that are validated and exported.
@@ -66,7 +66,7 @@ class ManipulatorTraining(pl.LightningModule):
         size: int = 80,
         width: int = 16,
         settings: dict[str, Any] | None = None,
-        head_start: int = 200,
+        head_start: int = 0,
         region: float = 0.89,
         rate: float = 4e-4,
         average: float = 0.998,
@@ -86,7 +86,7 @@ class ManipulatorTraining(pl.LightningModule):
     @property
     def batches_done(self) -> int:
         """Batches trained on so far, those before a resumption included."""
-        return self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> None:
         """One step of each network."""
@@ -153,7 +153,7 @@ class ManipulatorTraining(pl.LightningModule):
         total = max(1, int(self.trainer.estimated_stepping_batches))
         pairs = ((self.generator, self.rate), (self.discriminator, self.rate))
         optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Adam(network.parameters(), lr=peak, betas=(0.5, 0.999))
+            torch.optim.Adam(network.parameters(), lr=peak, betas=(0.5, 0.99))
             for network, peak in pairs
         ]
 
@@ -175,7 +175,7 @@ class ManipulatorTraining(pl.LightningModule):
             "licence": "Apache-2.0; trained on LFW (research use)",
             "data": "LFW faces with expression labels (happiness or neutral); a tenth of the "
             "people, chosen by a hash of the name, is held out; results on them",
-            "teacher": "",
+            "teacher": str(getattr(self.scheme, "teacher", "")),
         }
 
     def measure(self, card: Path, pack: Path) -> dict[str, float]:

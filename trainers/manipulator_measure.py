@@ -12,6 +12,7 @@ from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
 from shields.budget import Budget
+from shields.errors import ImageError
 from shields.models import load
 from shields.models.classifiers import AttributeClassifierModel
 from shields.models.manipulation import Condition, Manipulator, resized
@@ -41,9 +42,17 @@ def held_out_faces(
 
     Returns:
         Images (B, 3, S, S), landmarks (B, 5, 2) in their pixels, labels (B, N).
+
+    Raises:
+        ImageError: It is no such file, or nobody of whom the labels are known is held out.
     """
     held = FacePack(pack, validation=True, attributes=attributes)
     total = len(held)
+    if not total:
+        raise ImageError(
+            f"{pack} holds nobody with labels among the held-out people, a tenth of all by a hash "
+            "of the name; pack photos of more people"
+        )
     rows = torch.linspace(0, total - 1, min(count or total, total)).long().tolist()
     samples = [held[row] for row in rows]
     packed = torch.stack([sample["face"] for sample in samples])
@@ -72,7 +81,8 @@ def _forged(
     forged = torch.empty_like(image)
     for value in (1, 0):
         condition = _condition(model, attribute, give=bool(value))
-        for rows in torch.split((wanted == value).nonzero().flatten(), batch):
+        found = (wanted == value).nonzero().flatten()
+        for rows in torch.split(found, batch) if len(found) else ():
             forged[rows] = model(image[rows], condition)
     return forged
 

@@ -15,7 +15,6 @@ Differs:
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -23,13 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shields.models import load
-from shields.models.classifiers import AttributeClassifierModel
 from shields.models.relgan_network import RelganGenerator
-from shields.weights import WeightStore
 from trainers.adversaries import adversarial_loss, gradient_penalty
 from trainers.relgan_adversary import RelganDiscriminator
-from trainers.scheme import Scheme, classification
+from trainers.scheme import Scheme, classification, seen_attributes
 
 __all__ = ["Forgeries", "RelganScheme", "triplets"]
 
@@ -122,7 +118,7 @@ class RelganScheme(Scheme):
             "between": self.interpolation * adversary.interpolation(way).square().mean(),
         }
         if self.teacher:
-            shown = _teacher(self.teacher, str(face.device)).network(forged.float())
+            shown = seen_attributes(self.teacher, self.attributes, forged)
             terms["class"] = self.classification * classification(shown, target)
         if self.orthogonal:
             terms["orthogonal"] = self.orthogonal * _correlation(generator)
@@ -220,13 +216,6 @@ def triplets(labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     first, second, vector = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     truth = (change(first, second) == vector).all(dim=1)
     return first, second, vector, truth.to(labels.dtype)
-
-
-@functools.cache
-def _teacher(name: str, device: str) -> AttributeClassifierModel:
-    found = load("classifier", name, store=WeightStore(), device=torch.device(device))
-    assert isinstance(found, AttributeClassifierModel), "the registry of classifiers has no other"
-    return found
 
 
 def _correlation(network: nn.Module) -> Tensor:

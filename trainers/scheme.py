@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import typing
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Scheme", "classification", "resized"]
+from shields.errors import ConfigError
+from shields.models import load
+from shields.models.classifiers import AttributeClassifierModel
+from shields.weights import WeightStore
+
+__all__ = ["Scheme", "classification", "resized", "seen_attributes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +35,16 @@ class Scheme(ABC):
     size: int = 80
     #: generator's channels at full resolution
     width: int = 16
+
+    def __post_init__(self) -> None:
+        if self.size < 4 or self.size % 4:
+            raise ConfigError(f"`size` must be a multiple of 4 pixels, got {self.size}")
+        for name, hint in typing.get_type_hints(type(self)).items():
+            choices = typing.get_args(hint)
+            if typing.get_origin(hint) is Literal and getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
 
     def target(self, labels: Tensor) -> Tensor:
         """Labels to ask for: the other value where there is one attribute, else somebody else's."""
@@ -66,6 +84,39 @@ class Scheme(ABC):
 def classification(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean binary cross-entropy of attribute logits (B, N) against labels (B, N)."""
     return functional.binary_cross_entropy_with_logits(logits.float(), labels.float())
+
+
+def seen_attributes(teacher: str, attributes: Sequence[str], face: Tensor) -> Tensor:
+    """What a classifier that was trained before sees, at the size that it was trained at.
+
+    Args:
+        teacher: Its card.
+        attributes: Which of its attributes are asked for.
+        face: (B, 3, S, S) in [-1, 1], any S.
+
+    Returns:
+        Logits (B, N) of these attributes, in this order.
+
+    Raises:
+        ConfigError: It does not know one of them.
+    """
+    network = _teacher(teacher, str(face.device)).network
+    absent = [name for name in attributes if name not in network.attributes]
+    if absent:
+        raise ConfigError(
+            f"the teacher {teacher!r} does not know {', '.join(absent)} but "
+            f"{', '.join(network.attributes)}; name another one, or none: teacher=''"
+        )
+    columns = [network.attributes.index(name) for name in attributes]
+    logits: Tensor = network(resized(face.float(), network.size))
+    return logits[:, columns]
+
+
+@functools.cache
+def _teacher(name: str, device: str) -> AttributeClassifierModel:
+    found = load("classifier", name, store=WeightStore(), device=torch.device(device))
+    assert isinstance(found, AttributeClassifierModel), "the registry of classifiers has no other"
+    return found
 
 
 def resized(image: Tensor, side: int) -> Tensor:

@@ -16,7 +16,6 @@ Differs:
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -24,10 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shields.models import load
-from shields.models.classifiers import AttributeClassifierModel
 from shields.models.star_networks import AttentionGenerator, FixedPointGenerator, StarGenerator
-from shields.weights import WeightStore
 from trainers.adversaries import (
     StarDiscriminator,
     adversarial_loss,
@@ -35,7 +31,7 @@ from trainers.adversaries import (
     gradient_at_photos,
     gradient_penalty,
 )
-from trainers.scheme import Scheme, classification, resized
+from trainers.scheme import Scheme, classification, seen_attributes
 
 __all__ = ["StarScheme"]
 
@@ -55,7 +51,7 @@ class StarScheme(Scheme):
     #: generator's residual blocks
     blocks: int = 6
     #: discriminator's channels in its first layer, and its layers
-    adversary_width: int = 48
+    adversary_width: int = 32
     adversary_depth: int = 3
     #: logistic with R1; hinge with spectral norm; or the papers', which wants a slower generator
     adversarial: Literal["logistic", "hinge", "wgan-gp"] = "logistic"
@@ -105,9 +101,8 @@ class StarScheme(Scheme):
         few = max(1, len(face) // 4)
         same, _ = generator(face[:few], labels[:few])
         if self.teacher:
-            judged = _teacher(self.teacher, str(face.device)).network
             noise = self.noise * torch.randn(face.shape, generator=rng).to(face)
-            shown = judged(resized(forged.float() + noise, judged.size))
+            shown = seen_attributes(self.teacher, self.attributes, forged.float() + noise)
         terms = {
             "fool": fooling_loss(self.adversarial, realness),
             "class": self.classification * classification(shown, target),
@@ -149,13 +144,6 @@ class StarScheme(Scheme):
     def config(self) -> dict[str, object]:
         """Names and native size; the rest is in the tensors' shapes."""
         return {"attributes": list(self.attributes), "native_size": self.size}
-
-
-@functools.cache
-def _teacher(name: str, device: str) -> AttributeClassifierModel:
-    found = load("classifier", name, store=WeightStore(), device=torch.device(device))
-    assert isinstance(found, AttributeClassifierModel), "the registry of classifiers has no other"
-    return found
 
 
 def _total_variation(planes: Tensor) -> Tensor:

@@ -33,9 +33,12 @@ class PerImageNorm(nn.Module):
         """Normalise (B, C, H, W) per image and channel, biased variance."""
         if len(features) > 1:
             return functional.instance_norm(features, weight=self.weight, bias=self.bias, eps=1e-5)
-        # The same function by another name, and slower: torch 2.15 gets the gradient of the one
-        # above wrong without a word on CPUs, for a single image in channels-last layout.
-        return functional.group_norm(features, features.shape[1], self.weight, self.bias, 1e-5)
+        # By hand: torch 2.15 gets the gradient of the above wrong without a word on CPUs, for a
+        # single image in channels-last layout.
+        wide = features if features.dtype == torch.float64 else features.float()
+        variance, mean = torch.var_mean(wide, dim=(2, 3), correction=0, keepdim=True)
+        scale = self.weight[:, None, None] * (variance + 1e-5).rsqrt()
+        return ((wide - mean) * scale + self.bias[:, None, None]).to(features.dtype)
 
 
 def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
