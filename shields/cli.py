@@ -196,6 +196,9 @@ def protect(
         str | None,
         _network("Manipulator to protect against: a card, or module:factory of your own."),
     ] = None,
+    generator: Annotated[
+        str | None, _network("Trained generator, for the learned methods: a card or its file.")
+    ] = None,
     condition: Annotated[
         str | None,
         _network("What the manipulator would be asked for, such as blond_hair; default: all."),
@@ -285,6 +288,7 @@ def protect(
         "perceptual": perceptual,
         "diffusion": diffusion,
         "manipulator": manipulator,
+        "generator": generator,
     }
     asked = [] if condition is None else [f"conditions={condition}"]
     request = cli_protect.Request(

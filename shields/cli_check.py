@@ -32,9 +32,11 @@ __all__ = ["check", "convert"]
 _BAR = 40
 
 
-def _role(name: str, store: WeightStore) -> str:
-    """The role of a card; anything else that can be checked is a manipulator."""
-    return store.card(name).role if name in store.names() else "manipulator"
+def _role(name: str, store: WeightStore, lfw: Path | None) -> str:
+    """The role of a card; anything else is what the other options are for."""
+    if name in store.names():
+        return store.card(name).role
+    return "manipulator" if lfw is None else "recognizer"
 
 
 def check(
@@ -43,9 +45,10 @@ def check(
         Path | None,
         typer.Option(help="A folder or a tar with a folder of photos per person, for recognizers."),
     ] = None,
-    pairs: Annotated[int, typer.Option(help="Pairs of photos to compare at most.")] = 600,
+    pairs: Annotated[int, typer.Option(min=4, help="Pairs of photos to compare at most.")] = 600,
     size: Annotated[int, typer.Option(help="Side of the image, pixels, for manipulators.")] = 256,
     condition: Annotated[str, typer.Option(help="What a manipulator is asked for.")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     weights_dir: WeightsDir = None,
     as_json: AsJson = False,
 ) -> None:
@@ -56,13 +59,12 @@ def check(
 
     Exits 1 where a manipulator breaks a promise.
     """
-    import torch
-
     from shields import models
+    from shields.shield import choose_device
 
     with errors(as_json=as_json):
         store = store_at(weights_dir)
-        role = _role(name, store)
+        role = _role(name, store, lfw)
         if role not in {"recognizer", "manipulator"}:
             raise ConfigError(
                 f"{name} is a {role}; recognizers and manipulators can be checked, "
@@ -70,8 +72,10 @@ def check(
             )
         if role == "recognizer" and lfw is None:
             raise ConfigError("a recognizer is checked on photos: --lfw FOLDER, or a tar")
-        network: Any = models.load(role, name, store=store, device=torch.device("cpu"))
-        if lfw is not None and role == "recognizer":
+        if role == "manipulator" and lfw is not None:
+            raise ConfigError(f"--lfw is for recognizers, {name} is a manipulator; leave it out")
+        network: Any = models.load(role, name, store=store, device=choose_device(device))
+        if lfw is not None:
             _check_recognizer(network, lfw, pairs, as_json=as_json)
             return
         passed = _check_manipulator(network, size, condition, as_json=as_json)

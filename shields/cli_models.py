@@ -34,6 +34,7 @@ NETWORKS = {
     "autoencoders": "autoencoder",
     "perceptual": "perceptual",
     "diffusions": "diffusion",
+    "adapters": "adapter",
     "parsers": "parser",
     "generators": "generator",
     "denoisers": "denoiser",
@@ -198,6 +199,8 @@ app.command()(cli_check.convert)
 
 def _state(store: WeightStore, card: Card) -> tuple[str, str | None]:
     """Whether a card's weights are here, and where; `verify` is for their content."""
+    if ":" in card.architecture:  # a factory of the user's, which knows where its weights are
+        return "its own", None
     try:
         return "here", str(store.find(card))
     except WeightsError as error:

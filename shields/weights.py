@@ -126,7 +126,7 @@ class WeightStore:
             tried.append("the cache of Hugging Face")
         if self.download:
             return self.pull(card)
-        get = "it has no address to fetch it from"
+        get = f"it cannot be fetched; `shields models show {card.name}` says where it comes from"
         if card.name == card.repository:  # made up for an id that was typed
             get = f"is the name right? `hf download {card.name}` fetches it"
         elif card.address:
@@ -256,6 +256,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, Exception) as error:
         reason = str(error).strip().partition("\n")[0]
+        if "weights only" in reason.lower().replace(
+            "_", " "
+        ):  # torch's advice is to open the file unsafely
+            reason = "it is no file of tensors, or one that asks to run code"
         raise WeightsError(
             f"{path} is damaged, or holds more than tensors and is not opened ({reason}); save its "
             "state dict as safetensors"

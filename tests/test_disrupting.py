@@ -5,9 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image as PILImage
 
 from shields.errors import ConfigError, ImageError, UnknownName
+from shields.models.hisd import HiSDModel
+from shields.models.hisd_network import HisdGenerator
 from shields.models.manipulation import wrap
+from shields.models.relgan import RelGANModel
+from shields.models.relgan_network import RelganGenerator
+from shields.models.talking_heads import talking_head
 from shields.protectors.disrupting import SPREAD, Disrupting, DisruptingConfig, MeanBlur, _turn
 from shields.protectors.manipulation import chosen_conditions, forgeries
 from shields.transforms import GaussianBlur
@@ -140,6 +146,25 @@ class TestConditions:
         assert chosen[0].value.tolist() == [[0, 0, 1]]
         everything = chosen_conditions(network, "")
         assert tuple(condition.name for condition in everything) == network.conditions
+
+    def test_conditions_that_are_no_fixed_names_are_understood(self, tmp_path):
+        with tiny.seeded(0):
+            relgan = RelGANModel(RelganGenerator(2, width=4, blocks=2), ("Smiling", "Male"), 1)
+            hisd = HiSDModel(
+                HisdGenerator((2,), 4, 4, 2, 8, 4, 8, (4, 8)), {"smiling": ("with", "without")}
+            )
+        (half,) = chosen_conditions(relgan, "smiling:0.5")
+        assert half.value.tolist() == [[0.5, 0.0]]
+        pixels = np.full((32, 32, 3), 200, np.uint8)
+        PILImage.fromarray(pixels).save(tmp_path / "reference.png")
+        (styled,) = chosen_conditions(hisd, f"smiling={tmp_path / 'reference.png'}")
+        reference = hisd.reference("smiling", torch.full((1, 3, 32, 32), 200 / 255))
+        assert torch.allclose(styled.value, reference.value)
+
+    def test_a_talking_head_is_no_manipulator_to_climb_against(self):
+        head = talking_head(lambda image, audio, seed: image)
+        with pytest.raises(ConfigError, match="no gradient"):
+            chosen_conditions(head, "")
 
     def test_an_unknown_condition_is_refused_with_its_neighbour(self, image, network):
         with pytest.raises(UnknownName, match="did you mean blond_hair"):

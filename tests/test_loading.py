@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from shields import models
 from shields.errors import ConfigError, UnknownName, WeightsError
 from shields.models.base import Detector
 from shields.models.networks import MobileFaceNet, Taef2
-from shields.weights import WeightStore
+from shields.weights import WeightStore, read_state_dict
 from tests import tiny
 from tests.cards import write_card
 
@@ -171,3 +172,29 @@ def test_file_without_a_card_says_how_to_write_one(store, tmp_path):
     save_file({"a": torch.ones(1)}, path)
     with pytest.raises(WeightsError, match=r"mystery\.toml.*portrait-ae"):
         models.load("autoencoder", str(path), store=store, device=CPU)
+
+
+class _Caller:
+    def __reduce__(self):
+        return print, ("this was run",)
+
+
+def test_a_pickle_that_asks_to_run_code_is_refused_without_telling_how_to_run_it(tmp_path, capsys):
+    torch.save({"a": torch.zeros(1), "b": _Caller()}, tmp_path / "net.pth")
+    with pytest.raises(WeightsError, match="asks to run code") as caught:
+        read_state_dict(tmp_path / "net.pth")
+    assert "weights_only" not in str(caught.value)
+    assert "this was run" not in capsys.readouterr().out
+
+
+def test_a_factory_must_return_what_its_role_promises(tmp_path, monkeypatch):
+    (tmp_path / "factories_of_mine.py").write_text(
+        "from shields.models.manipulation import wrap\n"
+        "def forger():\n    return wrap(lambda image: image)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    loaded = {"store": WeightStore(), "device": torch.device("cpu")}
+    assert models.load("manipulator", "factories_of_mine:forger", **loaded)
+    with pytest.raises(ConfigError, match=r"must return a recognizer: subclass .*base\.Recognizer"):
+        models.load("recognizer", "factories_of_mine:forger", **loaded)

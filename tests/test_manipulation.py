@@ -236,3 +236,11 @@ def test_the_owner_of_a_method_is_frozen_too_and_keeps_its_mode() -> None:
     assert {id(parameter) for parameter in module.parameters()} <= {
         id(parameter) for parameter in manipulator.parameters()
     }
+
+
+def test_the_network_inside_a_function_is_frozen_and_moves_along() -> None:
+    module = swapper()
+    manipulator = wrap(lambda native: module(native), native_size=224)
+    assert all(not parameter.requires_grad for parameter in module.parameters())
+    assert {id(p) for p in module.parameters()} <= {id(p) for p in manipulator.parameters()}
+    assert torch.equal(manipulator(image(64)), wrap(module, native_size=224)(image(64)))

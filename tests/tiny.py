@@ -17,7 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from shields.models.ars_network import ArsGenerator
 from shields.models.base import Autoencoder, Perceptual, Recognizer
+from shields.models.generators import ArsModel
+from shields.models.idguard import IdGuardModel
+from shields.models.idguard_network import ResNetGenerator
 from shields.models.manipulators import StarGANModel
 from shields.models.star_networks import StarGenerator
 from shields.types import Image
@@ -32,6 +36,8 @@ __all__ = [
     "diffusion",
     "diffusion_parts",
     "faces_image",
+    "generator",
+    "idguard",
     "landmarks",
     "manipulator",
     "perceptual",
@@ -260,6 +266,19 @@ def detector() -> MtcnnDetector:
     from shields.models.detectors import MtcnnDetector
 
     return MtcnnDetector.load()
+
+
+def generator(seed: int = 0) -> ArsModel:
+    """A random ARS generator of three levels."""
+    with seeded(seed):
+        return ArsModel(ArsGenerator(widths=(8, 8, 16), encoder=(4, 8), channels=8))
+
+
+def idguard(seed: int = 0) -> IdGuardModel:
+    """A random ID-Guard generator with a universal perturbation beside it."""
+    with seeded(seed):
+        universal = (torch.rand(3, 32, 32) - 0.5) * 0.1
+        return IdGuardModel(ResNetGenerator(width=4, blocks=1), universal)
 
 
 def manipulator(seed: int = 0) -> StarGANModel:

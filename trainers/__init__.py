@@ -11,6 +11,9 @@ TRAINERS: Registry[type] = Registry(
         "portrait-ae": "trainers.portrait_ae:PortraitAutoencoderTraining",
         "face-embedder": "trainers.face_embedder:FaceEmbedderTraining",
         "expression-classifier": "trainers.attribute_classifier:AttributeClassifierTraining",
+        "ars": "trainers.ars:ArsTraining",
+        "idguard": "trainers.idguard:IdGuardTraining",
+        "forensics": "trainers.forensics:ForensicsTraining",
         "manipulator": "trainers.manipulator:ManipulatorTraining",
     },
 )

@@ -61,7 +61,8 @@ def pack(
     with _one_line_errors():
         attributes = [Attribute.parse(text) for text in attribute or []]
         report = run(source, output, size=size, margin=margin, labels=labels, attributes=attributes)
-    typer.echo(f"{report.faces} faces of {report.identities} people in {output}")
+    told = f", {report.labelled} with labels" if attributes else ""
+    typer.echo(f"{report.faces} faces of {report.identities} people in {output}{told}")
     for name, reason in report.skipped.items():
         typer.echo(f"left out {name}: {reason}", err=True)
 

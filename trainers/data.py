@@ -19,7 +19,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 from shields.errors import ImageError
 from shields.faces import similarity
 
-__all__ = ["FacePack", "FacePacks", "augment", "held_out", "jittered_alignment", "random_crop"]
+__all__ = ["FacePack", "FacePacks", "augment", "batches_done", "held_out", "jittered_alignment",
+           "random_crop"]  # fmt: skip
 
 
 def held_out(identity: str, share: float) -> bool:
@@ -120,6 +121,15 @@ class _Mixture(Sampler[list[int]]):
             yield (rows + starts[which]).tolist()
 
 
+def batches_done(trainer: pl.Trainer) -> int:
+    """Count the batches trained on, those before a resumption included.
+
+    `global_step` counts the steps of every optimizer, and a GAN has two of them.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    return int(progress.total.processed)
+
+
 class FacePacks(pl.LightningDataModule):
     """Batches from one or several packs.
 
@@ -165,8 +175,7 @@ class FacePacks(pl.LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             return 0
-        # `global_step` counts the steps of every optimizer, and a GAN has two of them.
-        return trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        return batches_done(trainer)
 
     def _pack(self, path: Path, *, validation: bool) -> FacePack:
         return FacePack(path, validation=validation, share=self.share, attributes=self.attributes)

@@ -18,7 +18,7 @@ from shields.errors import ConfigError
 from shields.models import load
 from shields.registry import Registry
 from shields.weights import WeightStore
-from trainers.data import random_crop
+from trainers.data import batches_done, random_crop
 from trainers.scheme import Scheme, resized
 
 __all__ = ["SCHEMES", "ManipulatorTraining"]
@@ -86,7 +86,7 @@ class ManipulatorTraining(pl.LightningModule):
     @property
     def batches_done(self) -> int:
         """Batches trained on so far, those before a resumption included."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        return batches_done(self.trainer)
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> None:
         """One step of each network."""

@@ -73,7 +73,7 @@ def read_labels(table: Path, attributes: Sequence[Attribute]) -> dict[str, list[
     if absent:
         raise ConfigError(f"{table} lacks the column {absent[0]!r}; it has: {', '.join(columns)}")
     return {
-        PurePosixPath(row["file"]).name: [
+        PurePosixPath(row["file"] or "").name: [
             {item.yes: 1, item.no: 0}.get(row[item.column], -1) for item in attributes
         ]
         for row in rows
@@ -87,6 +87,8 @@ class PackReport:
     faces: int
     identities: int
     skipped: dict[str, str]
+    #: faces of which every attribute is known
+    labelled: int = 0
 
 
 def read_photos(source: Path) -> Iterator[tuple[str, bytes]]:
@@ -157,7 +159,11 @@ def pack(
         ConfigError: The table of labels cannot be used.
         ImageError: There is no face at all, or the source is neither a folder nor a tar.
     """
+    if (labels is None) != (not attributes):
+        raise ConfigError("labels need both a table and the attributes to read from it, got one")
     table = read_labels(labels, attributes) if labels is not None else {}
+    if labels is not None and not table:
+        raise ConfigError(f"{labels} has no rows")
     detector = MTCNN(min_face_size=40, keep_all=True)
     faces, landmarks, identities, files = [], [], [], []
     names: dict[str, int] = {}
@@ -201,4 +207,5 @@ def pack(
         output,
         metadata={key: json.dumps(value) for key, value in lists.items()},
     )
-    return PackReport(faces=len(faces), identities=len(names), skipped=skipped)
+    labelled = sum(-1 not in row for row in known) if attributes else 0
+    return PackReport(faces=len(faces), identities=len(names), skipped=skipped, labelled=labelled)

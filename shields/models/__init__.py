@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
     from shields.models.base import Autoencoder, Detector, Frozen, Perceptual, Recognizer
     from shields.models.diffusion import LatentDiffusion
+    from shields.models.generators import Generator
     from shields.models.manipulation import Editor, Manipulator
     from shields.models.parsing import Parser
+    from shields.models.unconditional import UnconditionalDiffusion
 
-__all__ = ["ADAPTERS", "AUTOENCODERS", "CLASSIFIERS", "DETECTORS", "DIFFUSIONS", "EDITORS",
-           "MANIPULATORS", "PARSERS", "PERCEPTUAL", "RECOGNIZERS", "architecture", "load",
-           "plugins"]  # fmt: skip
+__all__ = ["ADAPTERS", "AUTOENCODERS", "CLASSIFIERS", "DENOISERS", "DETECTORS", "DIFFUSIONS",
+           "EDITORS", "GENERATORS", "MANIPULATORS", "PARSERS", "PERCEPTUAL", "RECOGNIZERS",
+           "architecture", "imported", "load", "plugins"]  # fmt: skip
 
 #: architectures, in the order in which they are listed; an entry has `load(source, card)`
 AUTOENCODERS: Registry[Any] = Registry(
@@ -87,6 +89,17 @@ CLASSIFIERS: Registry[Any] = Registry(
     "classifier architecture",
     {"attribute-classifier": "shields.models.classifiers:AttributeClassifierModel"},
 )
+GENERATORS: Registry[Any] = Registry(
+    "generator architecture",
+    {
+        "ars": "shields.models.generators:ArsModel",
+        "idguard": "shields.models.idguard:IdGuardModel",
+    },
+)
+DENOISERS: Registry[Any] = Registry(
+    "denoiser architecture",
+    {"unconditional": "shields.models.unconditional:UnconditionalDiffusion"},
+)
 PARSERS: Registry[Any] = Registry(
     "face parser architecture",
     {
@@ -107,6 +120,8 @@ _TABLES: Mapping[str, Registry[Any]] = {
     "adapter": ADAPTERS,
     "parser": PARSERS,
     "classifier": CLASSIFIERS,
+    "generator": GENERATORS,
+    "denoiser": DENOISERS,
 }
 #: role -> architecture of a folder, or of a Hugging Face id, in diffusers' layout
 _FOLDERS = {
@@ -115,6 +130,7 @@ _FOLDERS = {
     "adapter": "ip-adapter",
     "editor": "diffusers",
     "parser": "segformer",
+    "denoiser": "unconditional",
 }
 _FEATURES = "features:"
 
@@ -147,6 +163,14 @@ def load(
 def load(
     role: Literal["parser"], name: str, *, store: WeightStore, device: torch.device
 ) -> Parser: ...
+@overload
+def load(
+    role: Literal["denoiser"], name: str, *, store: WeightStore, device: torch.device
+) -> UnconditionalDiffusion: ...
+@overload
+def load(
+    role: Literal["generator"], name: str, *, store: WeightStore, device: torch.device
+) -> Generator: ...
 @overload
 def load(  # type: ignore[overload-overlap]  # a detector is no network of ours: nothing to freeze
     role: Literal["detector"], name: str, *, store: WeightStore, device: torch.device
@@ -216,16 +240,8 @@ def _is_import(name: str) -> bool:
 
 def _plugged(role: str, address: str, settings: Mapping[str, Any], name: str) -> Frozen:
     """Call a factory that is not ours, and hold what it returns to the contract."""
-    from shields.models.base import Frozen
-    from shields.models.manipulation import Animator, Manipulator
-
-    module, _, attribute = address.partition(":")
     try:
-        # The user's own folder counts, as it does for `python -m`.
-        if str(Path.cwd()) not in sys.path:
-            sys.path.append(str(Path.cwd()))
-        factory = getattr(import_module(module), attribute)
-        network = factory(**settings)
+        network = imported(address)(**settings)
     except ShieldsError:
         raise
     except Exception as error:  # of code that we know nothing about
@@ -233,14 +249,36 @@ def _plugged(role: str, address: str, settings: Mapping[str, Any], name: str) ->
         raise ConfigError(
             f"the {role} {address!r} cannot be made: {type(error).__name__}: {said}"
         ) from error
-    wanted = (Manipulator, Animator) if role == "manipulator" else Frozen
+    wanted = _contract(role)
     if not isinstance(network, wanted):
+        how = "subclass " + " or ".join(f"{kind.__module__}.{kind.__name__}" for kind in wanted)
+        if role == "manipulator":
+            how = "pass the network through shields.models.manipulation.wrap"
         raise ConfigError(
-            f"{address} returned a {type(network).__name__}; a factory must return a {role}: pass "
-            "the network through shields.models.manipulation.wrap"
+            f"{address} returned a {type(network).__name__}; a factory must return a {role}: {how}"
         )
     network.name = name
     return network
+
+
+def imported(address: str) -> Any:  # noqa: ANN401  what stands there
+    """What a user's `module:name` names; the folder that the command is run in counts."""
+    module, _, attribute = address.partition(":")
+    if str(Path.cwd()) not in sys.path:  # as for `python -m`
+        sys.path.append(str(Path.cwd()))
+    return getattr(import_module(module), attribute)
+
+
+def _contract(role: str) -> tuple[type[Any], ...]:
+    from shields.models import base, manipulation
+
+    return {
+        "manipulator": (manipulation.Manipulator, manipulation.Animator),
+        "editor": (manipulation.Editor,),
+        "autoencoder": (base.Autoencoder,),
+        "recognizer": (base.Recognizer,),
+        "perceptual": (base.Perceptual,),
+    }.get(role, (base.Frozen,))
 
 
 def _deep_features(name: str, store: WeightStore, device: torch.device) -> Frozen:

@@ -53,8 +53,10 @@ def _first_on_path(folder: Path) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """First line of what an error says, or its type."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """First line of what an error says, or its type; not torch's advice to open files unsafely."""
+    said = str(error).strip().partition("\n")[0]
+    advice = "weights only" in said.lower().replace("_", " ")
+    return type(error).__name__ if advice or not said else said
 
 
 def import_from(repository: str, home: str, *names: str) -> list[ModuleType]:

@@ -180,7 +180,9 @@ def _method(method: Method) -> Any:  # noqa: ANN401  a class of a package withou
     try:
         import pytorch_grad_cam
     except ModuleNotFoundError as error:
-        raise MissingPackage("heat maps need the package grad-cam: pip install grad-cam") from error
+        raise MissingPackage(
+            "heat maps need the package grad-cam: pip install 'shields[heatmaps]'"
+        ) from error
     plain = method == "grad-cam"
     return pytorch_grad_cam.GradCAM if plain else pytorch_grad_cam.GradCAMPlusPlus
 

@@ -167,8 +167,8 @@ class _Wrapped(Manipulator):
         features: Callable[[Tensor], Tensor] | None,
     ) -> None:
         super().__init__()
-        # Modules register themselves, and so move to the device; a method brings its own.
-        self.network, self._owner = network, getattr(network, "__self__", None)
+        # Modules register themselves, and so move to the device; a function brings its own.
+        self.network, self._behind = network, nn.ModuleList(_behind(network) + _behind(features))
         self.conditions, self.multiple = conditions, multiple
         self.native_size, self._ranges, self._named = native_size, ranges, named
         self._features = features
@@ -186,6 +186,13 @@ class _Wrapped(Manipulator):
             forged = (forged + 1) / 2
         features = None if self._features is None else self._features(native)
         return resized(forged, (image.shape[2], image.shape[3])), features
+
+
+def _behind(network: Callable[..., object] | None) -> list[nn.Module]:
+    """The networks that a method belongs to, or that a function was made around."""
+    cells = getattr(network, "__closure__", None) or ()
+    held = [getattr(network, "__self__", None), *(cell.cell_contents for cell in cells)]
+    return [part for part in held if isinstance(part, nn.Module)]
 
 
 def _first_image(result: object, image: Image) -> Image:
@@ -229,7 +236,7 @@ def wrap(
         >>> invert(torch.full((1, 3, 8, 8), 0.25))[0, 0, 0, 0].item()
         0.75
     """
-    given = (network, getattr(network, "__self__", None), features)
+    given = (network, features, *_behind(network), *_behind(features))
     parts = [module for part in given if isinstance(part, nn.Module) for module in part.modules()]
     modes = [module.training for module in parts]
     wrapped = _Wrapped(

@@ -31,7 +31,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import accumulate
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
@@ -41,6 +40,7 @@ from torch import Tensor, nn
 
 from shields.codec import Jpeg, Resize, uniform
 from shields.errors import ConfigError
+from shields.models import imported
 from shields.protectors.base import IterativeProtector
 from shields.protectors.encoder import mean_square
 from shields.protectors.manipulation import ManipulatorConfig, chosen_conditions, forgeries
@@ -91,9 +91,8 @@ def load_simulator(address: str) -> nn.Module:
     Raises:
         ConfigError: Nothing of that name can be imported, or it is no network.
     """
-    module, _, name = address.partition(":")
     try:
-        found = getattr(import_module(module), name)
+        found = imported(address)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"`simulator` must be `module:name` of a network, {address!r} cannot be imported: "

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shields.errors import UnknownName
+from shields.errors import ConfigError, UnknownName
 from shields.models.manipulation import Condition, Manipulator
 from shields.protectors.base import IterativeConfig
-from shields.registry import did_you_mean
 from shields.types import Image
 
 __all__ = ["ManipulatorConfig", "chosen_conditions", "forgeries"]
@@ -21,7 +20,8 @@ __all__ = ["ManipulatorConfig", "chosen_conditions", "forgeries"]
 class ManipulatorConfig(IterativeConfig):
     """Loop and budget of a method that climbs against a manipulator."""
 
-    #: what the manipulator is asked for, by name, separated by commas; empty = all it can do
+    #: what the manipulator is asked for, by name, separated by commas; empty = all that it lists.
+    #: Names that it does not list count too: `smiling:0.5` (RelGAN), `hair_color=FILE` (HiSD)
     conditions: str = ""
 
 
@@ -34,16 +34,19 @@ def chosen_conditions(manipulator: Manipulator, names: str) -> list[Condition]:
 
     Raises:
         UnknownName: The manipulator has no condition of one of the names.
+        ConfigError: It is a talking head, or a condition makes no sense to it.
     """
+    if not isinstance(manipulator, Manipulator):
+        raise ConfigError(
+            f"a {type(manipulator).__name__} gives no gradient to protect against; needed is a "
+            "manipulator of images, see `shields.models.manipulation.wrap`"
+        )
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
-        if name not in manipulator.conditions:
-            hint = did_you_mean(name, manipulator.conditions)
-            raise UnknownName(
-                f"the setting `conditions` names {name!r}, which the manipulator "
-                f"{manipulator.name!r} does not have; {hint}"
-            )
-    return [manipulator.condition(name) for name in dict.fromkeys(wanted or manipulator.conditions)]
+    try:
+        chosen = dict.fromkeys(wanted or manipulator.conditions)
+        return [manipulator.condition(name) for name in chosen]
+    except UnknownName as error:
+        raise UnknownName(f"the setting `conditions`: {error}") from error
 
 
 @torch.no_grad()

@@ -93,8 +93,10 @@ def build(name, settings):
     config = cls.Config()
     if isinstance(config, IterativeConfig):
         few = {"steps": min(config.steps, 2 if name in NOISY else 3)}
-        config = dataclasses.replace(config, **(few | settings))
-    return cls(config, **{role: network(role) for role in cls.roles(config)})
+        settings = few | settings
+    config = dataclasses.replace(config, **settings)
+    own = {"idguard": "idguard", "idguard-universal": "idguard"}.get(name)
+    return cls(config, **{role: network(own or role) for role in cls.roles(config)})
 
 
 def photo(batch=2):

@@ -1,0 +1,144 @@
+"""What a learned protector is trained against, and where it is told to push the forgeries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from shields.errors import ConfigError
+from shields.jpeg import carry
+from shields.models import load
+from shields.models.base import Autoencoder
+from shields.models.manipulation import Condition, Manipulator
+from shields.registry import did_you_mean
+from shields.types import Image
+from shields.weights import Card, WeightStore
+
+__all__ = ["Goal", "RoundTrip", "Task", "distance", "goals_of", "gradient_of", "load_manipulator"]
+
+Goal = Literal["white", "black", "grey", "negative", "away"]
+
+_FLAT: Mapping[str, float] = {"white": 1.0, "black": 0.0, "grey": 0.5}
+
+
+class RoundTrip(Manipulator):
+    """An autoencoder as a manipulator: encode and decode, what every latent editor does first."""
+
+    conditions = ("reconstruct",)
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.autoencoder, self.multiple = autoencoder, autoencoder.multiple
+        self.name = autoencoder.name
+        self.freeze()
+
+    def _run(self, image: Image, condition: Condition) -> tuple[Image, Tensor | None]:
+        return self.autoencoder.decode(self.autoencoder.encode(image)), None
+
+
+def load_manipulator(name: str, store: WeightStore) -> Manipulator:
+    """Load a manipulator, or an autoencoder as one, by the name or path of its card.
+
+    Raises:
+        ConfigError: The card is of another role.
+    """
+    beside = Path(name).with_suffix(".toml")
+    role = "manipulator"
+    if name in store.names():
+        role = store.card(name).role
+    elif beside.is_file():
+        role = Card.read(beside).role
+    cpu = torch.device("cpu")
+    if role == "autoencoder":
+        return RoundTrip(load("autoencoder", name, store=store, device=cpu))
+    return load("manipulator", name, store=store, device=cpu)
+
+
+def goals_of(manipulators: Sequence[Manipulator], wanted: Mapping[str, str]) -> dict[str, Goal]:
+    """Say for each manipulator where its forgeries shall go; white where nothing is wanted."""
+    names = [manipulator.name for manipulator in manipulators]
+    for name, goal in wanted.items():
+        if name not in names:
+            raise ConfigError(f"a target is given for {name!r}; {did_you_mean(name, names)}")
+        if goal not in get_args(Goal):
+            raise ConfigError(
+                f"the target of {name!r} must be one of {', '.join(get_args(Goal))}, got {goal!r}"
+            )
+    return {name: next((g for g in get_args(Goal) if g == wanted.get(name)), "white")
+            for name in names}  # fmt: skip
+
+
+def distance(image: Image, reference: Image) -> Tensor:
+    """Mean square (B,) of the difference in [-1, 1], the papers' L2."""
+    return (2 * (image.float() - reference.float())).square().mean(dim=(1, 2, 3))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One manipulator, what it is asked for, and what shall come of it."""
+
+    manipulator: Manipulator
+    condition: str
+    goal: Goal = "white"
+    #: with "away": the distance at which a forgery counts as far enough
+    margin: float = 0.5
+
+    @property
+    def relative(self) -> bool:
+        """Whether the goal depends on the clean forgery."""
+        return self.goal not in _FLAT
+
+    def forge(self, image: Image) -> Image:
+        """Forge (B, 3, H, W), about [0, 1], not clamped."""
+        return self.manipulator(image, self.condition)
+
+    @torch.no_grad()
+    def forge_clean(self, image: Image) -> Image:
+        """Forge what others are compared with: float32, without a graph."""
+        return self.forge(image).float().clamp(0, 1)
+
+    def shortfall(self, image: Image, clean: Image | None) -> Tensor:
+        """How far the forgeries of a batch are from their goal: a number, smaller is better.
+
+        Args:
+            image: (B, 3, H, W), [0, 1].
+            clean: What `forge_clean` made of the clean photos, for goals that are `relative`.
+        """
+        forged = self.forge(image)
+        if self.goal in _FLAT:
+            return distance(forged, torch.full_like(forged, _FLAT[self.goal])).mean()
+        assert clean is not None, "a relative goal needs the clean forgery"
+        if self.goal == "negative":
+            return distance(forged, 1 - clean).mean()
+        # Photos that are far enough no longer pull: the others get the whole effort.
+        return (self.margin - distance(forged.clamp(0, 1), clean)).clamp_min(0).mean()
+
+    def restored(self, image: Image, clean: Image) -> Tensor:
+        """How far the forgeries are from the clean ones, in the mean: the Adv Net's Eq. 8."""
+        return distance(self.forge(image), clean).mean()
+
+
+def gradient_of(view: Image, objectives: Sequence[Callable[[Image], Tensor]]) -> Tensor:
+    """Mean of objectives at a view, one network's graph in memory at a time.
+
+    Args:
+        view: (B, 3, H, W), with a graph behind it.
+        objectives: Each maps an image to one number.
+
+    Returns:
+        A number with the mean's value, whose gradient leads through `view` as the mean's would; the
+        objectives' own graphs are gone.
+    """
+    gradient, total = torch.zeros_like(view), view.new_zeros(())
+    for objective in objectives:
+        leaf = view.detach().requires_grad_()
+        value = objective(leaf)
+        (part,) = torch.autograd.grad(value, leaf)
+        gradient += part / len(objectives)
+        total += value.detach() / len(objectives)
+    return carry(total, (view * gradient).sum())
