@@ -67,7 +67,7 @@ def check(
         role = _role(name, store, lfw)
         if role not in {"recognizer", "manipulator"}:
             raise ConfigError(
-                f"{name} is a {role}; recognizers and manipulators can be checked, "
+                f"{name} has the role {role}; recognizers and manipulators can be checked, "
                 f"and `shields models verify {name}` looks at its weights"
             )
         if role == "recognizer" and lfw is None:

@@ -62,7 +62,7 @@ def test_a_sound_manipulator_passes_and_a_broken_one_is_told_why(module: Path) -
         ("forgers_of_mine:absent", "no attribute 'absent'"),
         ("no_such_module:factory", "No module named"),
         ("stargun", "did you mean"),
-        ("portrait-ae", "is a autoencoder"),
+        ("portrait-ae", "has the role autoencoder"),
         ("face-embedder", "--lfw FOLDER"),
     ],
 )
@@ -97,6 +97,7 @@ def test_an_official_file_is_converted_and_then_found(
         ("stargan", b"not a checkpoint", "damaged, or holds more than tensors"),
         ("stargan", None, "there is no file"),
         ("instruct-pix2pix", b"", "is used as published"),
+        ("relgan", b"a PyTorch file", "sign = -1"),
     ],
 )
 def test_what_cannot_be_converted_says_why(

@@ -215,6 +215,13 @@ def test_a_condition_is_chosen_by_name(name, labels, wanted):
     assert given is None or given.tolist() == [labels]
 
 
+def test_hair_colours_exclude_each_other_however_they_are_written():
+    model = StarGANModel(StarGenerator(2, width=8, blocks=2), ("blond_hair", "black_hair"))
+    edit = model.condition("black_hair", labels=torch.tensor([[1, 0]]))
+    assert edit.value.tolist() == [[0, 1]]
+    assert model.conditions == ("blond_hair", "black_hair")
+
+
 def test_wrong_conditions_say_what_there_is():
     with pytest.raises(UnknownName, match="blond_hair"):
         five().condition("blonde_hair")

@@ -72,12 +72,13 @@ def read_labels(table: Path, attributes: Sequence[Attribute]) -> dict[str, list[
     ]
     if absent:
         raise ConfigError(f"{table} lacks the column {absent[0]!r}; it has: {', '.join(columns)}")
-    return {
-        PurePosixPath(row["file"] or "").name: [
-            {item.yes: 1, item.no: 0}.get(row[item.column], -1) for item in attributes
-        ]
-        for row in rows
-    }
+    labels: dict[str, list[int]] = {}
+    for row in rows:
+        name = PurePosixPath(row["file"] or "").name
+        if name in labels:
+            raise ConfigError(f"{table} names {name!r} twice; bare file names must be unique")
+        labels[name] = [{item.yes: 1, item.no: 0}.get(row[item.column], -1) for item in attributes]
+    return labels
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,7 @@ def convert(card: Card, source: Path, target: Path) -> Path:
         os.close(descriptor)
         try:
             save_file({key: value.contiguous() for key, value in state.items()}, name)
+            Path(name).chmod(0o644)  # a temporary file is its owner's alone
             Path(name).replace(target)
         finally:
             Path(name).unlink(missing_ok=True)
@@ -71,6 +72,11 @@ def _state(card: Card, source: Path) -> dict[str, Tensor]:
                 f"{card.name!r} says {said[1]} and {said[0]}; write a card of its own for it"
             )
         return state
+    if card.architecture == "relgan" and card.config.get("sign") == 1:
+        raise WeightsError(
+            f"{source}: the card {card.name!r} describes Keras weights, where +1 adds an "
+            "attribute; the authors' PyTorch weights need a card of their own with sign = -1"
+        )
     loaded: Any = architecture(card).load(source, card)
     own: dict[str, Tensor] = loaded.network.state_dict()
     return own

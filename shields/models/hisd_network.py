@@ -21,8 +21,10 @@ __all__ = ["DownBlock", "HisdGenerator", "sizes"]
 
 def _normalised(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Normalise (B, C, H, W) per image and channel by the unbiased deviation, then scale."""
-    deviation, mean = torch.std_mean(features, dim=(2, 3), keepdim=True)
-    return (features - mean) * (weight / (deviation + 1e-5)) + bias
+    # In half precision a flat channel's scale would overflow.
+    wide = features if features.dtype == torch.float64 else features.float()
+    deviation, mean = torch.std_mean(wide, dim=(2, 3), keepdim=True)
+    return ((wide - mean) * (weight / (deviation + 1e-5)) + bias).to(features.dtype)
 
 
 def _leaky(features: Tensor) -> Tensor:

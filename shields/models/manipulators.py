@@ -27,7 +27,7 @@ __all__ = ["CELEBA_FIVE", "AGGANModel", "FPGANModel", "StarGANModel", "condition
 #: attributes of the published networks, in the order of their label vectors
 CELEBA_FIVE = ("Black_Hair", "Blond_Hair", "Brown_Hair", "Male", "Young")
 #: of these, at most one is set
-_HAIR = {"Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair"}
+_HAIR = {"black_hair", "blond_hair", "brown_hair", "gray_hair"}
 
 
 def condition_name(attribute: str) -> str:
@@ -85,8 +85,8 @@ class StarGANModel(Manipulator):
         remove = name.startswith("not_")
         known = [condition_name(attribute) for attribute in self.attributes]
         index = known.index(name.removeprefix("not_"))
-        if self.attributes[index] in _HAIR:
-            for other, attribute in enumerate(self.attributes):
+        if known[index] in _HAIR:
+            for other, attribute in enumerate(known):
                 if attribute in _HAIR:
                     wanted[:, other] = 0
         wanted[:, index] = 0 if remove else 1
@@ -100,7 +100,7 @@ class StarGANModel(Manipulator):
         edits = []
         for index, attribute in enumerate(self.attributes):
             edit = self._condition(condition_name(attribute), labels)
-            if attribute not in _HAIR:
+            if condition_name(attribute) not in _HAIR:
                 edit.value[:, index] = 1 - labels[:, index].float()
             edits.append(edit)
         return edits
@@ -134,7 +134,7 @@ class FPGANModel(StarGANModel):
 def _names(attributes: Sequence[str]) -> Iterator[str]:
     for attribute in attributes:
         yield condition_name(attribute)
-        if attribute not in _HAIR:
+        if condition_name(attribute) not in _HAIR:
             yield f"not_{condition_name(attribute)}"
 
 
