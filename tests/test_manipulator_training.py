@@ -140,7 +140,7 @@ class TestLabels:
         with pytest.raises(ConfigError, match="lacks the column 'expression'; it has: file, mood"):
             read_labels(table, wanted)
         table.write_text("file,expression\none/a.png,happiness\ntwo/a.png,neutral\n")
-        with pytest.raises(ConfigError, match="names 'a.png' twice"):
+        with pytest.raises(ConfigError, match=r"names 'a\.png' twice"):
             read_labels(table, wanted)
         with pytest.raises(ConfigError, match="cannot be read"):
             read_labels(tmp_path / "absent.csv", wanted)
