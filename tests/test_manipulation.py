@@ -195,6 +195,19 @@ def test_the_feature_map_comes_with_the_image() -> None:
     assert float(features.min()) < 0  # of the native range
 
 
+def test_a_layer_of_the_network_gives_its_features_in_the_same_pass() -> None:
+    module, passes = swapper(), []
+    module.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    manipulator = wrap(module, native_size=224, features=module.layers[1])
+    forged, features = manipulator.outputs(image())
+    assert len(passes) == 1
+    native = resized(image(), (224, 224)) * 2 - 1
+    assert features is not None
+    assert torch.equal(features, module.layers[1](module.layers[0](native)))
+    assert torch.equal(forged, manipulator(image()))
+    assert not module.layers[1]._forward_hooks
+
+
 def test_a_manipulator_without_features_says_so_by_name() -> None:
     manipulator = wrap(lambda native: native)
     manipulator.name = "mine"

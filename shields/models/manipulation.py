@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +172,9 @@ class _Wrapped(Manipulator):
         self.conditions, self.multiple = conditions, multiple
         self.native_size, self._ranges, self._named = native_size, ranges, named
         self._features = features
+        own = set(network.modules()) if isinstance(network, nn.Module) else set()
+        inside = isinstance(features, nn.Module) and features in own
+        self._inside = cast(nn.Module, features) if inside else None
         self.freeze()
 
     def _condition(self, name: str, labels: Tensor | None) -> Condition:
@@ -180,11 +183,24 @@ class _Wrapped(Manipulator):
     def _run(self, image: Image, condition: Condition) -> tuple[Image, Tensor | None]:
         given, returned = self._ranges
         native = image * 2 - 1 if given == "signed" else image
-        result = self.network(native, condition.name) if self._named else self.network(native)
+        caught: list[Tensor] = []
+        hook = None
+        if self._inside is not None:
+            hook = self._inside.register_forward_hook(
+                lambda module, given, made: caught.append(made)
+            )
+        try:
+            result = self.network(native, condition.name) if self._named else self.network(native)
+        finally:
+            if hook is not None:
+                hook.remove()
         forged = _first_image(result, image)
         if returned == "signed":
             forged = (forged + 1) / 2
-        features = None if self._features is None else self._features(native)
+        if self._inside is not None:
+            features = caught[-1] if caught else None
+        else:
+            features = None if self._features is None else self._features(native)
         return resized(forged, (image.shape[2], image.shape[3])), features
 
 
@@ -229,7 +245,8 @@ def wrap(
         output_range: Range of what it returns; as `native_range` where left out.
         native_size: Side of the square that it takes, pixels; None for any.
         multiple: Sides must be multiples of this, where it takes any.
-        features: Native image -> the feature map for ID-Guard's feature confusion.
+        features: The layer of `network` whose output is the feature map for ID-Guard's feature
+            confusion; or a function, native image -> that map, which runs besides.
 
     Example:
         >>> invert = wrap(lambda image: -image)

@@ -164,6 +164,8 @@ def read_pairs(path: Path, photos: PhotoSet, count: int) -> tuple[list[Pair], di
     absent: dict[str, str] = {}
     pairs: list[Pair] = []
     for number, line in enumerate(lines[1:]):
+        if not line.strip():
+            continue
         stems, same = _stems(path, number + 2, line)
         missing = {stem: f"not in {photos.source}" for stem in stems if stem not in known}
         absent |= missing
