@@ -33,6 +33,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         'did you mean facelock?'
     """
     names = list(known)
+    if not names:
+        return "there is none"
     near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(names)}"
 

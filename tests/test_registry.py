@@ -32,6 +32,9 @@ class TestRegistry:
         assert len(table) == 2
         assert "comma" in table
 
+    def test_an_empty_table_says_so(self):
+        assert did_you_mean("anything", []) == "there is none"
+
     def test_an_unknown_name_gets_its_neighbours(self, table):
         with pytest.raises(UnknownName, match=r"no toy is called 'coma'; did you mean comma\?"):
             table["coma"]
