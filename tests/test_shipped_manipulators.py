@@ -59,3 +59,14 @@ def test_its_card_meets_what_was_asked_for_and_the_readme_says_the_same(name: st
         f"{results['reconstruction_psnr']:.1f} dB",
         f"{results['alpha']:.3f}",
     ]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_it_runs_in_half_precision_too(name: str) -> None:
+    model = models.load("manipulator", name, store=STORE, device=torch.device("cpu"))
+    image = tiny.faces_image(1, 96).requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        forged = model(image)
+    forged.float().sum().backward()
+    assert image.grad is not None
+    torch.testing.assert_close(forged.float(), model(image), atol=0.1, rtol=0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shields.errors import ConfigError
-from shields.models import load
+from shields.models import load, manipulation
 from shields.models.classifiers import AttributeClassifierModel
 from shields.weights import WeightStore
 
@@ -121,4 +121,4 @@ def _teacher(name: str, device: str) -> AttributeClassifierModel:
 
 def resized(image: Tensor, side: int) -> Tensor:
     """Bring to a square of a side, bilinear, antialiased."""
-    return functional.interpolate(image, size=(side, side), mode="bilinear", antialias=True)
+    return manipulation.resized(image, (side, side))

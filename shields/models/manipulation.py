@@ -147,9 +147,12 @@ def resized(image: Image, size: tuple[int, int]) -> Image:
     """Bring to (height, width), bilinear, antialiased; an image of that size comes back as is."""
     if tuple(image.shape[2:]) == size:
         return image
-    return functional.interpolate(
-        image, size=size, mode="bilinear", antialias=True, align_corners=False
+    # On CPUs this is not there for half precision.
+    wide = image if image.dtype == torch.float64 else image.float()
+    small = functional.interpolate(
+        wide, size=size, mode="bilinear", antialias=True, align_corners=False
     )
+    return small.to(image.dtype)
 
 
 class _Wrapped(Manipulator):
