@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.error import URLError
@@ -240,13 +240,19 @@ def _check_digest(card: Card, path: Path) -> None:
         )
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path, parts: Sequence[str] = ()) -> dict[str, Tensor]:
     """Read a state dict in float32 on the CPU, from safetensors or a pickle of tensors alone.
 
     A `state_dict` inside is unwrapped; a `module.` before **every** key is dropped.
 
+    Args:
+        path: The file.
+        parts: Names under which the wanted network may be stored in a checkpoint of several, the
+            best first; the rest of the file is not looked at. A bare state dict is read as ever.
+
     Raises:
-        WeightsError: The file is damaged, holds anything but tensors, or a value is not finite.
+        WeightsError: The file is damaged, holds anything but tensors or none of the parts, or a
+            value is not finite.
     """
     # torch and safetensors each raise many types on a damaged file; none may get through.
     try:
@@ -264,13 +270,30 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged, or holds more than tensors and is not opened ({reason}); save its "
             "state dict as safetensors"
         ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    content, prefix = _unwrapped(content, parts, path)
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(f"{path} holds no state dict but a {type(content).__name__}")
     if all(str(key).startswith("module.") for key in content):
         content = {str(key).removeprefix("module."): value for key, value in content.items()}
-    return {str(key): _checked(value, str(key), path) for key, value in content.items()}
+    return {str(key): _checked(value, f"{prefix}{key}", path) for key, value in content.items()}
+
+
+def _unwrapped(content: Any, parts: Sequence[str], path: Path) -> tuple[Any, str]:  # noqa: ANN401
+    """Take one network out of a checkpoint, and say what stands before its keys."""
+    if not isinstance(content, Mapping):
+        return content, ""
+    inner = {key: value for key, value in content.items() if isinstance(value, Mapping)}
+    for part in parts:
+        if inner.get(part):
+            return inner[part], f"{part}."
+    if "state_dict" in inner:
+        return inner["state_dict"], ""
+    if parts and inner:
+        raise WeightsError(
+            f"{path} holds no {' or '.join(map(repr, parts))} but "
+            f"{', '.join(sorted(map(str, content)))}; save the network's own state dict"
+        )
+    return content, ""
 
 
 def _checked(value: object, key: str, path: Path) -> Tensor:

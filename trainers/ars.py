@@ -37,6 +37,7 @@ from shields.types import Image, Perturbation
 from shields.weights import WeightStore
 from trainers.ars_perturbation import PAPER, AdvNet, PerturbationModule
 from trainers.ars_targets import Task, distance, goals_of, gradient_of, load_manipulator
+from trainers.averaging import follow
 from trainers.data import batches_done, random_crop
 from trainers.scheme import resized
 
@@ -272,12 +273,7 @@ class ArsTraining(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         """Move the averaged weights; early on they follow faster."""
-        decay = min(self.average, (1 + self.batches_done) / (10 + self.batches_done))
-        with torch.no_grad():
-            for mean, value in zip(
-                self.averaged.parameters(), self.generator.parameters(), strict=True
-            ):
-                mean.lerp_(value, 1 - decay)
+        follow(self.averaged, self.generator, done=self.batches_done, most=self.average)
 
     @torch.no_grad()
     def protect(self, face: Image, levels: float) -> Image:

@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from shields.models.classifiers import AttributeClassifier
-from trainers.data import augment, random_crop
+from trainers.data import augment, middle, random_crop
 from trainers.portrait_ae import with_cosine
 from trainers.scheme import classification, resized
 
@@ -75,14 +75,11 @@ class AttributeClassifierTraining(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         """Accuracy on held-out people, in float32."""
-        packed = batch["face"]
-        side = round(packed.shape[-1] * self.region)
-        start = (packed.shape[-1] - side) // 2
-        face = packed[..., start : start + side, start : start + side].float() / 127.5 - 1
+        face = middle(batch["face"], self.region)[0].float() / 127.5 - 1
         with torch.autocast(self.device.type, enabled=False):
             logits = self.network(resized(face, self.size))
         right = ((logits > 0) == (batch["labels"] > 0)).float().mean()
-        self.log("val_accuracy", right, prog_bar=True, batch_size=len(packed))
+        self.log("val_accuracy", right, prog_bar=True, batch_size=len(face))
 
     @property
     def CARD(self) -> dict[str, str]:  # noqa: N802  a constant with the other trainers

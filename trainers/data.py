@@ -20,7 +20,7 @@ from shields.errors import ImageError
 from shields.faces import similarity
 
 __all__ = ["FacePack", "FacePacks", "augment", "batches_done", "held_out", "jittered_alignment",
-           "random_crop"]  # fmt: skip
+           "middle", "random_crop"]  # fmt: skip
 
 
 def held_out(identity: str, share: float) -> bool:
@@ -184,6 +184,13 @@ class FacePacks(pl.LightningDataModule):
         """All held-out people of the validation pack, in order."""
         held = self._pack(self.validation_pack, validation=True)
         return DataLoader(held, batch_size=self.batch)
+
+
+def middle(face: Tensor, share: float) -> tuple[Tensor, int]:
+    """Cut the middle square of a share of the side: (B, 3, side, side), and where it starts."""
+    side = round(face.shape[-1] * share)
+    start = (face.shape[-1] - side) // 2
+    return face[..., start : start + side, start : start + side], start
 
 
 def random_crop(face: Tensor, size: int, rng: torch.Generator) -> Tensor:

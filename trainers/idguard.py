@@ -35,6 +35,7 @@ from shields.transforms import parse
 from shields.types import Image, Perturbation
 from shields.weights import WeightStore
 from trainers.ars_targets import RoundTrip, load_manipulator
+from trainers.averaging import follow
 from trainers.data import batches_done
 from trainers.identity_destruction import DestructionConfig, compare, gain, look
 from trainers.idguard_faces import Photos, cut_faces, described, plain_name, success
@@ -275,14 +276,7 @@ class IdGuardTraining(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         """Move the averaged weights; early on they follow faster."""
-        decay = min(self.average, (1 + self.batches_done) / (10 + self.batches_done))
-        with torch.no_grad():
-            for mean, value in zip(
-                self.averaged.parameters(), self.generator.parameters(), strict=True
-            ):
-                mean.lerp_(value, 1 - decay)
-            for kept, now in zip(self.averaged.buffers(), self.generator.buffers(), strict=True):
-                kept.copy_(now)
+        follow(self.averaged, self.generator, done=self.batches_done, most=self.average)
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         """Held-out people, whole levels, in float32: success of generator and universal one."""

@@ -18,7 +18,8 @@ from shields.errors import ConfigError
 from shields.models import load
 from shields.registry import Registry
 from shields.weights import WeightStore
-from trainers.data import batches_done, random_crop
+from trainers.averaging import follow
+from trainers.data import batches_done, middle, random_crop
 from trainers.scheme import Scheme, resized
 
 __all__ = ["SCHEMES", "ManipulatorTraining"]
@@ -118,23 +119,12 @@ class ManipulatorTraining(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         """Move the averaged weights; early on they follow faster."""
-        done = self.batches_done
-        done = max(0, done - self.head_start)
-        decay = min(self.average, (1 + done) / (10 + done))
-        with torch.no_grad():
-            for mean, value in zip(
-                self.averaged.parameters(), self.generator.parameters(), strict=True
-            ):
-                mean.lerp_(value, 1 - decay)
-            for kept, now in zip(self.averaged.buffers(), self.generator.buffers(), strict=True):
-                kept.copy_(now)
+        done = max(0, self.batches_done - self.head_start)
+        follow(self.averaged, self.generator, done=done, most=self.average)
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         """Held-out people, in float32: how much an edit changes, and how little no edit does."""
-        packed = batch["face"]
-        side = round(packed.shape[-1] * self.region)
-        start = (packed.shape[-1] - side) // 2
-        face = packed[..., start : start + side, start : start + side].float() / 127.5 - 1
+        face = middle(batch["face"], self.region)[0].float() / 127.5 - 1
         face = resized(face, self.scheme.size)
         labels = batch["labels"].float()
         self.averaged.eval()

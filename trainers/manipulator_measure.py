@@ -19,7 +19,7 @@ from shields.models.manipulation import Condition, Manipulator, resized
 from shields.pgd import PgdConfig, pgd
 from shields.types import Image, Step
 from shields.weights import WeightStore
-from trainers.data import FacePack
+from trainers.data import FacePack, middle
 
 __all__ = ["draw_sheet", "held_out_faces", "measure"]
 
@@ -55,13 +55,11 @@ def held_out_faces(
         )
     rows = torch.linspace(0, total - 1, min(count or total, total)).long().tolist()
     samples = [held[row] for row in rows]
-    packed = torch.stack([sample["face"] for sample in samples])
-    side = round(packed.shape[-1] * _REGION)
-    start = (packed.shape[-1] - side) // 2
-    image = packed[..., start : start + side, start : start + side].float() / 255
+    cut, start = middle(torch.stack([sample["face"] for sample in samples]), _REGION)
+    image = cut.float() / 255
     landmarks = torch.stack([sample["landmarks"] for sample in samples]) - start
     if size is not None:
-        image, landmarks = resized(image, (size, size)), landmarks * (size / side)
+        image, landmarks = resized(image, (size, size)), landmarks * (size / cut.shape[-1])
     return image, landmarks, torch.stack([sample["labels"] for sample in samples])
 
 

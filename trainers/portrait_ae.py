@@ -23,6 +23,7 @@ from shields.models import load
 from shields.models.base import Autoencoder
 from shields.models.networks import PortraitAutoencoder
 from shields.weights import WeightStore
+from trainers.averaging import follow
 from trainers.data import random_crop
 
 __all__ = ["PortraitAutoencoderTraining"]
@@ -116,12 +117,7 @@ class PortraitAutoencoderTraining(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         """Move the averaged weights; early on they follow faster."""
-        decay = min(self.average, (1 + self.global_step) / (10 + self.global_step))
-        with torch.no_grad():
-            for mean, value in zip(
-                self.averaged.parameters(), self.network.parameters(), strict=True
-            ):
-                mean.lerp_(value, 1 - decay)
+        follow(self.averaged, self.network, done=self.global_step, most=self.average)
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         """Reconstruct held-out portraits at their packed size, in float32."""

@@ -163,6 +163,16 @@ class PipelineEditor(Editor, ABC):
     def _sample(self, view: Tensor, prompts: list[str], rngs: list[torch.Generator]) -> Tensor:
         """Run the pipeline on what `_view` made: (b, 3, size, size), [0, 1]."""
 
+    def _run(self, **inputs: object) -> Tensor:
+        """Call the pipeline with what all editors share, and with inputs of one's own."""
+        edited: Tensor = self.pipeline(
+            num_inference_steps=self.sampling.steps,
+            guidance_scale=self.sampling.guidance,
+            output_type="pt",
+            **inputs,
+        ).images
+        return edited
+
     def _view(self, image: Image) -> Tensor:
         """Bring photos to what the pipeline takes."""
         # A value below 0 would make diffusers take the image for one in [-1, 1].
@@ -215,16 +225,12 @@ class InstructPix2PixEditor(PipelineEditor):
         return cls(StableDiffusionInstructPix2PixPipeline(**parts), sampling)
 
     def _sample(self, view: Tensor, prompts: list[str], rngs: list[torch.Generator]) -> Tensor:
-        edited: Tensor = self.pipeline(
+        return self._run(
             prompt=prompts,
             image=view,
-            num_inference_steps=self.sampling.steps,
-            guidance_scale=self.sampling.guidance,
             image_guidance_scale=self.sampling.image_guidance,
             generator=rngs,
-            output_type="pt",
-        ).images
-        return edited
+        )
 
 
 class ImageToImageEditor(PipelineEditor):
@@ -241,16 +247,12 @@ class ImageToImageEditor(PipelineEditor):
         return cls(StableDiffusionImg2ImgPipeline(**parts), sampling)
 
     def _sample(self, view: Tensor, prompts: list[str], rngs: list[torch.Generator]) -> Tensor:
-        edited: Tensor = self.pipeline(
+        return self._run(
             prompt=prompts,
             image=view,
             strength=self.sampling.strength,
-            num_inference_steps=self.sampling.steps,
-            guidance_scale=self.sampling.guidance,
             generator=rngs,
-            output_type="pt",
-        ).images
-        return edited
+        )
 
 
 class InpaintingEditor(PipelineEditor):
@@ -317,19 +319,15 @@ class InpaintingEditor(PipelineEditor):
         return torch.cat([view, mask.expand(len(view), -1, -1, -1)], dim=1)
 
     def _sample(self, view: Tensor, prompts: list[str], rngs: list[torch.Generator]) -> Tensor:
-        edited: Tensor = self.pipeline(
+        return self._run(
             prompt=prompts,
             image=view[:, :3],
             mask_image=view[:, 3:],
             height=self.size,
             width=self.size,
             strength=self.sampling.strength,
-            num_inference_steps=self.sampling.steps,
-            guidance_scale=self.sampling.guidance,
             generator=rngs,
-            output_type="pt",
-        ).images
-        return edited
+        )
 
 
 def centred_background(size: int) -> Mask:

@@ -15,11 +15,10 @@ from shields.errors import ImageError, UnknownName, WeightsError
 from shields.models.base import signed_range_to_unit, unit_range_to_signed
 from shields.models.hisd_network import HisdGenerator, sizes
 from shields.models.manipulation import Condition, Manipulator, resized
-from shields.models.unwrap import read_part
 from shields.photo import read
 from shields.registry import did_you_mean
 from shields.types import Image, check_image
-from shields.weights import Card, build, load_strictly
+from shields.weights import Card, build, load_strictly, read_state_dict
 
 __all__ = ["CELEBA_HQ_TAGS", "HiSDModel"]
 
@@ -155,10 +154,10 @@ class HiSDModel(Manipulator):
 def _read(source: Path) -> dict[str, Tensor]:
     """The averaged weights of a training checkpoint, or those of a bare file."""
     try:
-        return read_part(source, ("gen_test",))
+        return read_state_dict(source, ("gen_test",))
     except WeightsError:
         # Either not there, which may be mended, or damaged, which fails here once more.
-        state = read_part(source, ("gen_test", "gen"))
+        state = read_state_dict(source, ("gen_test", "gen"))
     warnings.warn(
         f"{source} holds no averaged weights (`gen_test`); the raw ones (`gen`) are used, and "
         "forge worse",

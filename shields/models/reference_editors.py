@@ -101,17 +101,13 @@ class IPAdapterEditor(PipelineEditor):
         return (small - mean) / spread
 
     def _sample(self, view: Tensor, prompts: list[str], rngs: list[torch.Generator]) -> Tensor:
-        edited: Tensor = self.pipeline(
+        return self._run(
             prompt=prompts,
             ip_adapter_image=[view],
             height=self.size,
             width=self.size,
-            num_inference_steps=self.sampling.steps,
-            guidance_scale=self.sampling.guidance,
             generator=rngs,
-            output_type="pt",
-        ).images
-        return edited
+        )
 
 
 def _adapter_file(folder: Path, wanted: str) -> Path:
@@ -237,17 +233,13 @@ class Flux2Editor(PipelineEditor):
 
     def _sample(self, view: Tensor, prompts: list[str], rngs: list[torch.Generator]) -> Tensor:
         levels = (view[0] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        edited: Tensor = self.pipeline(
+        return self._run(
             image=[PILImage.fromarray(levels)],
             prompt=prompts,
             height=self.size,
             width=self.size,
-            num_inference_steps=self.sampling.steps,
-            guidance_scale=self.sampling.guidance,
             generator=rngs,
-            output_type="pt",
-        ).images
-        return edited
+        )
 
 
 def _known(library: Any, name: str) -> Any:  # noqa: ANN401  classes of foreign libraries

@@ -14,9 +14,8 @@ from shields.errors import ConfigError, WeightsError
 from shields.models.base import signed_range_to_unit, unit_range_to_signed
 from shields.models.manipulation import Condition, Manipulator
 from shields.models.relgan_network import RelganGenerator
-from shields.models.unwrap import read_part
 from shields.types import Image
-from shields.weights import Card, build, load_strictly
+from shields.weights import Card, build, load_strictly, read_state_dict
 
 __all__ = ["PRESETS", "RelGANModel", "sizes"]
 
@@ -83,7 +82,7 @@ class RelGANModel(Manipulator):
                 "for weights of the authors' PyTorch code, 1 for those converted from Keras or "
                 f"trained here; got {sign!r}"
             )
-        state = read_part(source)
+        state = read_state_dict(source, ("G",))
         found = sizes(state, card.name)
         count = found["attributes"]
         attributes = config.pop("attributes", PRESETS.get(count, ()))
