@@ -7,6 +7,7 @@ licence, what was measured. Weights are never loaded from anything that could ru
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ from shields.card import ROLES, Card
 from shields.errors import UnknownName, WeightsError
 from shields.registry import did_you_mean
 
-__all__ = ["ROLES", "Card", "WeightStore", "build", "digest", "load_strictly", "read_state_dict"]
+__all__ = ["ROLES", "Card", "WeightStore", "build", "digest", "load_strictly", "read_state_dict",
+           "read_table"]  # fmt: skip
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -304,6 +306,25 @@ def _checked(value: object, key: str, path: Path) -> Tensor:
     if not bool(torch.isfinite(value).all()):
         raise WeightsError(f"{path}: {key!r} holds values that are not finite")
     return value.float()
+
+
+def read_table(path: Path, complaint: str) -> dict[str, Any]:
+    """Read a JSON file of settings that lies beside weights.
+
+    Args:
+        path: The file.
+        complaint: What is said before the reason where it cannot be read.
+
+    Raises:
+        WeightsError: It is absent, damaged, or something else than a table.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{complaint}: {error}") from error
+    if not isinstance(table, dict):
+        raise WeightsError(f"{path} is not a table of settings")
+    return table
 
 
 def build(network: type[Network], card: Card) -> Network:

@@ -16,7 +16,6 @@ Differs:
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,25 +34,12 @@ from shields.errors import ConfigError, WeightsError
 from shields.models.autoencoders import stages
 from shields.models.base import Autoencoder, Frozen, signed_range_to_unit, unit_range_to_signed
 from shields.types import Image
-from shields.weights import Card
+from shields.weights import Card, read_table
 
-__all__ = ["DiffusersAutoencoder", "LatentDiffusion"]
+__all__ = ["DiffusersAutoencoder", "LatentDiffusion", "from_folder"]
 
 #: classes of diffusers; looked up by name, since its older versions lack the third
 _AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLFlux2")
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"{folder} should hold a network as diffusers saves it, but its config.json cannot be "
-            f"read: {error}"
-        ) from error
-    if not isinstance(config, dict):
-        raise WeightsError(f"{folder / 'config.json'} is not a table of settings")
-    return config
 
 
 @contextmanager
@@ -68,7 +54,7 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _from_folder(network: Any, folder: Path) -> Any:  # noqa: ANN401  diffusers' and transformers' loaders
+def from_folder(network: Any, folder: Path) -> Any:  # noqa: ANN401  diffusers' and transformers' loaders
     """Load one part of a pipeline in float32 from a folder; never asks the network."""
     names = {path.name for path in folder.glob("*model*")}
     plain = {"diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
@@ -126,7 +112,12 @@ class DiffusersAutoencoder(Autoencoder):
             )
         pipeline = not (source / "config.json").is_file() and (source / "vae").is_dir()
         folder = source / "vae" if pipeline else source
-        kind = _read_config(folder).get("_class_name")
+        config = read_table(
+            folder / "config.json",
+            f"{folder} should hold a network as diffusers saves it, but its config.json cannot be "
+            "read",
+        )
+        kind = config.get("_class_name")
         if kind not in _AUTOENCODERS:
             known = ", ".join(_AUTOENCODERS)
             raise WeightsError(f"{folder} holds a {kind}; autoencoders known here: {known}")
@@ -134,7 +125,7 @@ class DiffusersAutoencoder(Autoencoder):
             raise WeightsError(
                 f"{folder} holds a {kind}; it needs a newer diffusers than installed"
             )
-        return cls(_from_folder(getattr(diffusers, kind), folder))
+        return cls(from_folder(getattr(diffusers, kind), folder))
 
     def _encode(self, image: Image) -> Tensor:
         code = self.network.encode(unit_range_to_signed(image))
@@ -210,14 +201,14 @@ class LatentDiffusion(Frozen):
         try:
             tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer", local_files_only=True)
             scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler")
-        except Exception as error:  # see _from_folder
+        except Exception as error:  # see from_folder
             raise WeightsError(f"{source}: tokenizer or scheduler: {error}") from error
         autoencoder = DiffusersAutoencoder.load(source / "vae", card)
         autoencoder.name = card.name
         return cls.from_parts(
-            _from_folder(UNet2DConditionModel, source / "unet"),
+            from_folder(UNet2DConditionModel, source / "unet"),
             autoencoder,
-            _from_folder(CLIPTextModel, source / "text_encoder"),
+            from_folder(CLIPTextModel, source / "text_encoder"),
             tokenizer,
             scheduler,
         )

@@ -28,7 +28,7 @@ from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from shields.errors import ConfigError, WeightsError
 from shields.models.base import Frozen
-from shields.models.diffusion import LatentDiffusion, _from_folder
+from shields.models.diffusion import LatentDiffusion, from_folder
 from shields.types import Image
 from shields.weights import Card, load_strictly, read_state_dict
 
@@ -131,7 +131,7 @@ class IpAdapterModel(Frozen):
         folder = source / "models" if (source / "models").is_dir() else source
         if not (folder / _FILE).is_file() or not (folder / "image_encoder").is_dir():
             raise WeightsError(f"{folder} should hold {_FILE} and the folder image_encoder")
-        encoder = _from_folder(CLIPVisionModelWithProjection, folder / "image_encoder")
+        encoder = from_folder(CLIPVisionModelWithProjection, folder / "image_encoder")
         return cls.from_state(encoder, read_state_dict(folder / _FILE), card.name)
 
     def embed(self, image: Image) -> Tensor:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from shields.models.base import Frozen
 from shields.models.bisenet import BiSeNet
 from shields.models.manipulation import resized
 from shields.types import Image
-from shields.weights import Card, build, load_strictly, read_state_dict
+from shields.weights import Card, build, load_strictly, read_state_dict, read_table
 
 __all__ = ["CLASSES", "BiSeNetParser", "Parser", "SegformerParser", "common_order"]
 
@@ -124,7 +123,7 @@ class SegformerParser(Parser):
                 f"{card.name}: a SegFormer is a folder with config.json and model.safetensors, "
                 "not a file"
             )
-        settings = _read_json(source / "config.json")
+        settings = read_table(source / "config.json", f"{source / 'config.json'} cannot be read")
         if settings.get("model_type") != "segformer":
             raise WeightsError(f"{source} holds a {settings.get('model_type')}, not a segformer")
         table = settings.get("id2label")
@@ -163,21 +162,11 @@ def common_order(id2label: Mapping[str, str] | Mapping[int, str], name: str) -> 
     return [int(places[label]) for label in CLASSES]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} is not a table of settings")
-    return content
-
-
 def _preprocessing(path: Path) -> dict[str, Any]:
     """Size, mean and deviation as the folder asks for; what it leaves out stays at the usual."""
     if not path.is_file():
         return {}
-    asked = _read_json(path)
+    asked = read_table(path, f"{path} cannot be read")
     size = asked.get("size", 512)
     sides = set(size.values()) if isinstance(size, dict) else {size}
     values = [asked.get("image_mean", _MEAN), asked.get("image_std", _DEVIATION)]

@@ -5,7 +5,6 @@ Parts are read strictly, and nothing is ever fetched.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from shields.errors import ConfigError, WeightsError
-from shields.models.diffusion import _from_folder
+from shields.models.diffusion import from_folder
+from shields.weights import read_table
 
 __all__ = [
     "InpaintSampling",
@@ -109,14 +109,8 @@ class InpaintSampling(PartialSampling):
     strength: float = 1.0
 
 
-def _read_table(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} should be part of a pipeline's folder: {error}") from error
-    if not isinstance(table, dict):
-        raise WeightsError(f"{path} is not a table of settings")
-    return table
+def _part_table(path: Path) -> dict[str, Any]:
+    return read_table(path, f"{path} should be part of a pipeline's folder")
 
 
 def pipeline_kind(source: Path) -> tuple[str, dict[str, Any]]:
@@ -125,7 +119,7 @@ def pipeline_kind(source: Path) -> tuple[str, dict[str, Any]]:
     Raises:
         WeightsError: It is not such a folder.
     """
-    index = _read_table(source / "model_index.json")
+    index = _part_table(source / "model_index.json")
     return str(index.get("_class_name")), index
 
 
@@ -144,7 +138,7 @@ def load_network(kind: Any, folder: Path, precision: torch.dtype) -> nn.Module: 
         WeightsError: It is absent, damaged or does not fit.
     """
     _demand(folder.parent, [folder.name])
-    network: nn.Module = _from_folder(kind, folder)
+    network: nn.Module = from_folder(kind, folder)
     # Parameters alone: buffers, such as the frequencies of rotary positions, need their precision.
     for parameter in network.parameters():
         parameter.data = parameter.data.to(precision)
@@ -170,7 +164,7 @@ def load_scheduler(folder: Path) -> Any:  # noqa: ANN401  any scheduler of diffu
     Raises:
         WeightsError: It is absent, damaged or of no known class.
     """
-    config = _read_table(folder / "scheduler_config.json")
+    config = _part_table(folder / "scheduler_config.json")
     kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
     if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise WeightsError(f"{folder} holds a scheduler {config.get('_class_name')!r}: not known")

@@ -18,7 +18,6 @@ Differs:
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,9 +30,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from shields.errors import ConfigError, WeightsError
 from shields.models.base import Frozen, signed_range_to_unit, unit_range_to_signed
-from shields.models.diffusion import _from_folder
+from shields.models.diffusion import from_folder
 from shields.types import Image
-from shields.weights import Card
+from shields.weights import Card, read_table
 
 __all__ = ["Prediction", "UnconditionalDiffusion"]
 
@@ -123,7 +122,7 @@ class UnconditionalDiffusion(Frozen):
                 f"{source} does not say which noise schedule belongs to the network: put its "
                 "scheduler_config.json there, or the settings into the card's [config]"
             )
-        network = _from_folder(UNet2DModel, folder)
+        network = from_folder(UNet2DModel, folder)
         return cls(network, schedule, **_layout(network.config, source))
 
     def state(self, image: Image) -> Tensor:
@@ -244,15 +243,8 @@ def _read_schedule(source: Path) -> dict[str, Any]:
     """Settings of the scheduler beside a network; none where there is no such file."""
     for path in (source / "scheduler", source):
         file = path / "scheduler_config.json"
-        if not file.is_file():
-            continue
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"{file} cannot be read: {error}") from error
-        if not isinstance(settings, dict):
-            raise WeightsError(f"{file} is not a table of settings")
-        return settings
+        if file.is_file():
+            return read_table(file, f"{file} cannot be read")
     return {}
 
 

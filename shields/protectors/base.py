@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import types as python_types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, final
@@ -36,7 +37,8 @@ from shields.types import (
 )
 from shields.visibility import just_noticeable
 
-__all__ = ["IterativeConfig", "IterativeProtector", "Protector", "ProtectorConfig"]
+__all__ = ["IterativeConfig", "IterativeProtector", "Protector", "ProtectorConfig",
+           "check_weights"]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,25 @@ def _parse(name: str, text: str, hint: object) -> Any:  # noqa: ANN401  the fiel
     except (TypeError, ValueError):
         kind = getattr(hint, "__name__", str(hint))
         raise ConfigError(f"`{name}` must be a {kind}, got {text!r}") from None
+
+
+def check_weights(config: object, weights: Sequence[str], others: Sequence[str] = ()) -> None:
+    """Hold the weights of an objective's terms to what makes sense.
+
+    Args:
+        config: Where they stand.
+        weights: Their names; one at least must be above 0.
+        others: Further numbers that must be finite and 0 or more.
+
+    Raises:
+        ConfigError: One is negative or not finite, or all weights are 0.
+    """
+    for name in (*weights, *others):
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"`{name}` must be 0 or more, got {value}")
+    if not any(getattr(config, name) for name in weights):
+        raise ConfigError(f"one of {', '.join(weights)} must be above 0")
 
 
 @contextmanager

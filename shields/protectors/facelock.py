@@ -38,7 +38,6 @@ Differs:
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,7 +48,12 @@ from torch import Tensor
 
 from shields.errors import ConfigError
 from shields.models.base import Autoencoder, Perceptual, Recognizer
-from shields.protectors.base import IterativeConfig, IterativeProtector, ProtectorConfig
+from shields.protectors.base import (
+    IterativeConfig,
+    IterativeProtector,
+    ProtectorConfig,
+    check_weights,
+)
 from shields.protectors.encoder import mean_square
 from shields.types import Image, Mask, Objective, Step
 
@@ -97,12 +101,7 @@ class FaceLockConfig(IterativeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (*self._WEIGHTS, "jitter"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"`{name}` must be 0 or more, got {value}")
-        if not any(getattr(self, name) for name in self._WEIGHTS):
-            raise ConfigError(f"one of {', '.join(self._WEIGHTS)} must be above 0")
+        check_weights(self, self._WEIGHTS, ("jitter",))
         for name in ("perceptual_from", "identity_from"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}")

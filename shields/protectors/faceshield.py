@@ -46,7 +46,12 @@ from shields.budget import Budget
 from shields.errors import ConfigError
 from shields.models.base import Recognizer
 from shields.pgd import pgd
-from shields.protectors.base import IterativeConfig, IterativeProtector, ProtectorConfig
+from shields.protectors.base import (
+    IterativeConfig,
+    IterativeProtector,
+    ProtectorConfig,
+    check_weights,
+)
 from shields.protectors.encoder import mean_square
 from shields.types import Image, Mask, Objective, Perturbation, Progress, Step
 
@@ -171,14 +176,9 @@ class FaceShieldConfig(IterativeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self._WEIGHTS:
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"`{name}` must be 0 or more, got {value}")
+        check_weights(self, self._WEIGHTS)
         if self.detector_levels < 0:
             raise ConfigError(f"`detector_levels` must be 0 or more, got {self.detector_levels}")
-        if not any(getattr(self, name) for name in self._WEIGHTS):
-            raise ConfigError(f"one of {', '.join(self._WEIGHTS)} must be above 0")
         if not 0 <= self.attention_threshold <= 1:
             raise ConfigError(
                 f"`attention_threshold` must lie in [0, 1], got {self.attention_threshold}"
