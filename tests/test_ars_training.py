@@ -21,6 +21,7 @@ from shields.models.star_networks import StarGenerator
 from shields.transforms import Identity, parse
 from shields.weights import Card, WeightStore
 from tests import cards, tiny
+from tests.training import PowerCut, trainer
 from trainers import TRAINERS
 from trainers.ars import VARIANTS, ArsTraining, sample_sheet
 from trainers.ars_targets import RoundTrip, Task, distance, gradient_of, load_manipulator
@@ -75,16 +76,6 @@ def small(**settings: object) -> ArsTraining:
         "adversary_widths": (8, 8), "rate": 1e-2,
     }  # fmt: skip
     return ArsTraining(**(defaults | settings))  # type: ignore[arg-type]
-
-
-def trainer(folder: Path, **settings: object) -> pl.Trainer:
-    checkpoint = pl.callbacks.ModelCheckpoint(folder, save_last=True)
-    defaults: dict[str, object] = {
-        "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "num_sanity_val_steps": 0, "callbacks": [checkpoint],
-        "limit_val_batches": 1,
-    }  # fmt: skip
-    return pl.Trainer(**(defaults | settings))  # type: ignore[arg-type]
 
 
 def packs(path: Path, batches: int) -> FacePacks:
@@ -255,7 +246,7 @@ class TestTraining:
         through = small(**settings)
         trainer(tmp_path / "through", max_epochs=2).fit(through, packs(packed, 2))
         first = trainer(tmp_path / "half", max_epochs=2)
-        first.callbacks.append(_PowerCut())
+        first.callbacks.append(PowerCut())
         with pytest.raises(ConnectionError):
             first.fit(small(**settings), packs(packed, 2))
         resumed = small(**settings)
@@ -264,16 +255,6 @@ class TestTraining:
         )
         for name, value in through.state_dict().items():
             assert torch.equal(value, resumed.state_dict()[name]), name
-
-
-class _PowerCut(pl.Callback):
-    """Ends the process's work at the third batch, without a goodbye."""
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        if pl_module.batches_done == 2:
-            raise ConnectionError("power cut")
 
 
 class TestValidation:

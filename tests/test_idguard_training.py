@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from shields.card import Card
 from shields.errors import ConfigError
 from shields.models.idguard import IdGuardModel
 from shields.models.manipulation import wrap
-from tests import cards, tiny
+from tests import cards, tiny, training
 from trainers.data import FacePacks
 from trainers.export import Recipe, export
 from trainers.idguard import IdGuardTraining
@@ -70,14 +71,7 @@ def module(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: object) ->
     return IdGuardTraining(**(defaults | settings))  # type: ignore[arg-type]
 
 
-def trainer(folder: Path, **settings: object) -> pl.Trainer:
-    checkpoint = pl.callbacks.ModelCheckpoint(folder, save_last=True)
-    defaults: dict[str, object] = {
-        "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "num_sanity_val_steps": 0, "callbacks": [checkpoint],
-        "limit_val_batches": 1, "max_epochs": 1,
-    }  # fmt: skip
-    return pl.Trainer(**(defaults | settings))  # type: ignore[arg-type]
+trainer = functools.partial(training.trainer, max_epochs=1)
 
 
 def packs(folder: Path, batches: int) -> FacePacks:

@@ -20,6 +20,7 @@ from shields import models
 from shields.errors import ConfigError, ImageError, UnknownName
 from shields.weights import Card, WeightStore
 from tests import tiny
+from tests.training import PowerCut, trainer
 from trainers.adversaries import adversarial_loss, fooling_loss, gradient_penalty
 from trainers.attribute_classifier import AttributeClassifierTraining
 from trainers.cli import app
@@ -80,26 +81,6 @@ def judge(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     )
     monkeypatch.setenv("SHIELDS_CHECKPOINTS", str(folder))
     return "light"
-
-
-def trainer(folder: Path, **settings: object) -> pl.Trainer:
-    checkpoint = pl.callbacks.ModelCheckpoint(folder, save_last=True)
-    defaults: dict[str, object] = {
-        "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "num_sanity_val_steps": 0, "callbacks": [checkpoint],
-        "limit_val_batches": 1,
-    }  # fmt: skip
-    return pl.Trainer(**(defaults | settings))  # type: ignore[arg-type]
-
-
-class _PowerCut(pl.Callback):
-    """Ends the process's work at the third batch, without a goodbye."""
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        if pl_module.batches_done == 2:
-            raise ConnectionError("power cut")
 
 
 def packs(path: Path, batches: int) -> FacePacks:
@@ -233,7 +214,7 @@ class TestTraining:
         through = small("stargan")
         trainer(tmp_path / "through", max_epochs=2).fit(through, packs(packed, 2))
         first = trainer(tmp_path / "half", max_epochs=2)
-        first.callbacks.append(_PowerCut())
+        first.callbacks.append(PowerCut())
         with pytest.raises(ConnectionError):
             first.fit(small("stargan"), packs(packed, 2))
         resumed = small("stargan")

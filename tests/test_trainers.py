@@ -22,6 +22,7 @@ from shields.models import load
 from shields.models.networks import FaceEmbedder, PortraitAutoencoder
 from shields.weights import Card, WeightStore
 from tests import tiny
+from tests.training import PowerCut, trainer
 from trainers.cli import app
 from trainers.data import FacePack, FacePacks, augment, held_out, jittered_alignment, random_crop
 from trainers.export import Recipe, export
@@ -84,26 +85,6 @@ def teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         )
     monkeypatch.setenv("SHIELDS_CHECKPOINTS", str(folder))
     return folder
-
-
-def trainer(folder: Path, **settings: object) -> pl.Trainer:
-    checkpoint = pl.callbacks.ModelCheckpoint(folder, save_last=True)
-    defaults: dict[str, object] = {
-        "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "num_sanity_val_steps": 0, "callbacks": [checkpoint],
-        "limit_val_batches": 1,
-    }  # fmt: skip
-    return pl.Trainer(**(defaults | settings))  # type: ignore[arg-type]
-
-
-class _PowerCut(pl.Callback):
-    """Ends the process's work at the third batch, without a goodbye."""
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        if trainer.global_step == 2:
-            raise ConnectionError("power cut")
 
 
 def small(kind: str, **settings: object) -> pl.LightningModule:
@@ -318,7 +299,7 @@ class TestTraining:
         trainer(tmp_path / "through", max_steps=4).fit(through, packs(packed, batches=2))
         stopped = small(kind)
         first = trainer(tmp_path / "half", max_steps=4)
-        first.callbacks.append(_PowerCut())
+        first.callbacks.append(PowerCut())
         with pytest.raises(ConnectionError):
             first.fit(stopped, packs(packed, batches=2))
         resumed = small(kind)
