@@ -22,10 +22,17 @@ from shields.models.base import Recognizer
 from shields.types import Image
 from shields.weights import Card, build, load_strictly, read_state_dict
 
-__all__ = ["ArcFaceModel", "FaceInput", "IResNetModel", "IrModel", "SharedSlopeModel"]
+__all__ = [
+    "ARCFACE_POINTS",
+    "ArcFaceModel",
+    "FaceInput",
+    "IResNetModel",
+    "IrModel",
+    "SharedSlopeModel",
+]
 
 #: where the five points fall in a crop of 112 x 112
-_POINTS = (
+ARCFACE_POINTS = (
     (38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655),
     (70.7299, 92.2041),
 )  # fmt: skip
@@ -86,7 +93,7 @@ class ArcFaceModel(Recognizer):
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)
         self.pixels, self.threshold = pixels, threshold
-        self.register_buffer("template", torch.tensor(_POINTS), persistent=False)
+        self.register_buffer("template", torch.tensor(ARCFACE_POINTS), persistent=False)
         for name in ("mean", "deviation"):
             values = torch.tensor(getattr(pixels, name), dtype=torch.float32).view(3, 1, 1)
             self.register_buffer(name, values, persistent=False)

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from shields.errors import ConfigError, WeightsError
 from shields.faces import alignment, warp
+from shields.models.arcface import ARCFACE_POINTS
 from shields.models.checkouts import Checkpoint, built, existing, import_from, one_line
 from shields.models.manipulation import Manipulator, resized, wrap
 from shields.photo import read
@@ -47,11 +48,6 @@ _SIDE = 256
 _STYLE_ROWS, _STYLE_SHARE = 8, 0.8
 #: strength with which StyleCLIP's mappers were trained
 _MAPPER_SHARE = 0.1
-#: five landmarks of an ArcFace crop, 112 pixels a side
-_ARCFACE_POINTS = (
-    (38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655),
-    (70.7299, 92.2041),
-)  # fmt: skip
 
 
 def _photo(file: str, home: str) -> Image:
@@ -316,7 +312,7 @@ def _identity(
     points = torch.tensor(landmarks).float()[None] if landmarks else None
     if points is not None and points.shape != (1, 5, 2):
         raise ConfigError(f"simswap: `landmarks` must be five pairs x, y, got {landmarks!r}")
-    matrix = alignment(points, image, torch.tensor(_ARCFACE_POINTS), (112, 112))
+    matrix = alignment(points, image, torch.tensor(ARCFACE_POINTS), (112, 112))
     face = warp(image, matrix, (112, 112))
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     with torch.no_grad():

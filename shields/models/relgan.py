@@ -13,6 +13,7 @@ from torch import Tensor
 from shields.errors import ConfigError, WeightsError
 from shields.models.base import signed_range_to_unit, unit_range_to_signed
 from shields.models.manipulation import Condition, Manipulator
+from shields.models.manipulators import CELEBA_FIVE
 from shields.models.relgan_network import RelganGenerator
 from shields.types import Image
 from shields.weights import Card, build, load_strictly, read_state_dict
@@ -30,7 +31,7 @@ PRESETS: Mapping[int, tuple[str, ...]] = {
         "Bangs", "Black_Hair", "Blond_Hair", "Brown_Hair", "Male", "Mustache", "Pale_Skin",
         "Smiling", "Young",
     ),
-    5: ("Black_Hair", "Blond_Hair", "Brown_Hair", "Male", "Young"),
+    5: CELEBA_FIVE,
 }  # fmt: skip
 
 
