@@ -17,6 +17,7 @@ from torch import Tensor
 from shields.errors import ConfigError, UnknownName
 from shields.models.generators import ArsModel
 from shields.models.networks import PortraitAutoencoder
+from shields.models.round_trip import RoundTrip, load_manipulator
 from shields.models.star_networks import StarGenerator
 from shields.transforms import Identity, parse
 from shields.weights import Card, WeightStore
@@ -24,7 +25,7 @@ from tests import cards, tiny
 from tests.training import PowerCut, trainer
 from trainers import TRAINERS
 from trainers.ars import VARIANTS, ArsTraining, sample_sheet
-from trainers.ars_targets import RoundTrip, Task, distance, gradient_of, load_manipulator
+from trainers.ars_targets import Task, distance, gradient_of
 from trainers.data import FacePacks
 from trainers.export import export_checkpoint
 

@@ -31,12 +31,13 @@ from shields.budget import Budget
 from shields.codec import uniform
 from shields.errors import ConfigError
 from shields.models.ars_network import SCALES, ArsGenerator, Bound
+from shields.models.round_trip import load_manipulator
 from shields.registry import did_you_mean
 from shields.transforms import CompressResize, parse
 from shields.types import Image, Perturbation
 from shields.weights import WeightStore
 from trainers.ars_perturbation import PAPER, AdvNet, PerturbationModule
-from trainers.ars_targets import Task, distance, goals_of, gradient_of, load_manipulator
+from trainers.ars_targets import Task, distance, goals_of, gradient_of
 from trainers.averaging import follow
 from trainers.data import batches_done, random_crop
 from trainers.scheme import resized

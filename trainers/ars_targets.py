@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -12,51 +11,15 @@ from torch import Tensor
 
 from shields.errors import ConfigError
 from shields.jpeg import carry
-from shields.models import load
-from shields.models.base import Autoencoder
-from shields.models.manipulation import Condition, Manipulator
+from shields.models.manipulation import Manipulator
 from shields.registry import did_you_mean
 from shields.types import Image
-from shields.weights import Card, WeightStore
 
-__all__ = ["Goal", "RoundTrip", "Task", "distance", "goals_of", "gradient_of", "load_manipulator"]
+__all__ = ["Goal", "Task", "distance", "goals_of", "gradient_of"]
 
 Goal = Literal["white", "black", "grey", "negative", "away"]
 
 _FLAT: Mapping[str, float] = {"white": 1.0, "black": 0.0, "grey": 0.5}
-
-
-class RoundTrip(Manipulator):
-    """An autoencoder as a manipulator: encode and decode, what every latent editor does first."""
-
-    conditions = ("reconstruct",)
-
-    def __init__(self, autoencoder: Autoencoder) -> None:
-        super().__init__()
-        self.autoencoder, self.multiple = autoencoder, autoencoder.multiple
-        self.name = autoencoder.name
-        self.freeze()
-
-    def _run(self, image: Image, condition: Condition) -> tuple[Image, Tensor | None]:
-        return self.autoencoder.decode(self.autoencoder.encode(image)), None
-
-
-def load_manipulator(name: str, store: WeightStore) -> Manipulator:
-    """Load a manipulator, or an autoencoder as one, by the name or path of its card.
-
-    Raises:
-        ConfigError: The card is of another role.
-    """
-    beside = Path(name).with_suffix(".toml")
-    role = "manipulator"
-    if name in store.names():
-        role = store.card(name).role
-    elif beside.is_file():
-        role = Card.read(beside).role
-    cpu = torch.device("cpu")
-    if role == "autoencoder":
-        return RoundTrip(load("autoencoder", name, store=store, device=cpu))
-    return load("manipulator", name, store=store, device=cpu)
 
 
 def goals_of(manipulators: Sequence[Manipulator], wanted: Mapping[str, str]) -> dict[str, Goal]:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from shields.errors import ConfigError
+from shields.models.round_trip import load_manipulator
 from shields.types import Image, Perturbation
 from shields.weights import WeightStore
-from trainers.ars_targets import load_manipulator
 from trainers.data import batches_done
 from trainers.idguard_faces import cut_faces, plain_name
 from trainers.scheme import resized

@@ -30,11 +30,11 @@ from shields.models import load
 from shields.models.base import Recognizer, unit_range_to_signed
 from shields.models.idguard import Bound, bounded, joined
 from shields.models.idguard_network import NETWORKS
+from shields.models.round_trip import RoundTrip, load_manipulator
 from shields.registry import did_you_mean
 from shields.transforms import parse
 from shields.types import Image, Perturbation
 from shields.weights import WeightStore
-from trainers.ars_targets import RoundTrip, load_manipulator
 from trainers.averaging import follow
 from trainers.data import batches_done
 from trainers.identity_destruction import DestructionConfig, compare, gain, look
