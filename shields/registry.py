@@ -22,6 +22,9 @@ _INSTALL = {
     "flip_evaluator": "'shields[metrics]'",
     "h5py": "'shields[keras]'",
     "pytorch_grad_cam": "'shields[heatmaps]'",
+    "spandrel": "'shields[restore]'",
+    "torch_fidelity": "'shields[metrics]'",
+    "pyarrow": "'shields[suite]'",
 }
 
 

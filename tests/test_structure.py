@@ -20,7 +20,8 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 #: what wraps other people's packages is loaded when a name is looked up, never at import
 HEAVY = (
     "cv2", "diffusers", "facenet_pytorch", "h5py", "kornia", "lightning", "lpips",
-    "pytorch_grad_cam", "pytorch_lightning", "torchmetrics", "torchvision", "transformers",
+    "pyarrow", "pytorch_grad_cam", "pytorch_lightning", "spandrel", "torchmetrics", "torchvision",
+    "transformers",
 )  # fmt: skip
 #: the core from bottom to top; a module may import those of its own and of lower layers
 LAYERS = (

@@ -15,5 +15,7 @@ TRAINERS: Registry[type] = Registry(
         "idguard": "trainers.idguard:IdGuardTraining",
         "forensics": "trainers.forensics:ForensicsTraining",
         "manipulator": "trainers.manipulator:ManipulatorTraining",
+        "restorer": "trainers.restorer:RestorerTraining",
+        "purifier": "trainers.purifier:PurifierTraining",
     },
 )

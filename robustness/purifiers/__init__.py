@@ -124,6 +124,9 @@ PURIFIERS: Registry[type[Purifier]] = Registry(
         "gridpure": "robustness.purifiers.diffusion:GridPure",
         "freqpure": "robustness.purifiers.diffusion:FreqPure",
         "impress": "robustness.purifiers.impress:Impress",
+        "super-resolution": "robustness.purifiers.super_resolution:SuperResolution",
+        "tip-rsr": "robustness.purifiers.tip_rsr:TipRsr",
+        "adaptive": "robustness.purifiers.adaptive:Adaptive",
     },
 )
 

@@ -100,6 +100,14 @@ DENOISERS: Registry[Any] = Registry(
     "denoiser architecture",
     {"unconditional": "shields.models.unconditional:UnconditionalDiffusion"},
 )
+RESTORERS: Registry[Any] = Registry(
+    "restorer architecture",
+    {
+        "compact": "shields.models.restoration:CompactRestorer",
+        "unet": "shields.models.restoration:UNetRestorer",
+        "spandrel": "shields.models.super_resolution:SpandrelRestorer",
+    },
+)
 PARSERS: Registry[Any] = Registry(
     "face parser architecture",
     {
@@ -122,6 +130,7 @@ _TABLES: Mapping[str, Registry[Any]] = {
     "classifier": CLASSIFIERS,
     "generator": GENERATORS,
     "denoiser": DENOISERS,
+    "purifier": RESTORERS,
 }
 #: role -> architecture of a folder, or of a Hugging Face id, in diffusers' layout
 _FOLDERS = {

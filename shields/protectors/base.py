@@ -270,6 +270,8 @@ class IterativeProtector(Protector):
 
     Config: ClassVar[type[IterativeConfig]]
     config: IterativeConfig
+    #: what `robust` averages over instead of everyday handling, for a defender who knows more
+    handling: Callable[[Image, torch.Generator], Image] | None = None
 
     @abstractmethod
     def objective(
@@ -301,11 +303,13 @@ class IterativeProtector(Protector):
 
     def transform(self) -> Callable[[Image, torch.Generator], Image] | None:
         """What the loop averages over; None for the image as it is."""
-        if not self.config.robust:
-            return None
+        return self.handled() if self.config.robust else None
+
+    def handled(self) -> Callable[[Image, torch.Generator], Image]:
+        """What happens to photos, as far as this protector expects it."""
         from shields.transforms import ROBUST
 
-        return ROBUST
+        return self.handling or ROBUST
 
     @torch.no_grad()
     def evaluate(

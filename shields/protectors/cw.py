@@ -107,9 +107,9 @@ class Cw(IterativeProtector):
         self, image: Image, mask: Mask, *, landmarks: Tensor | None, rng: torch.Generator
     ) -> Objective:
         """Shift of the latent, weighted, less the squared length of the change."""
-        from shields.transforms import ROBUST, Identity
+        from shields.transforms import Identity
 
-        handle = ROBUST if self.config.robust else Identity()
+        handle = self.handled() if self.config.robust else Identity()
         with torch.no_grad():
             clean = self._latent(image)
 

@@ -201,8 +201,6 @@ class PhotoGuardEot(IterativeProtector):
         self, image: Image, mask: Mask, *, landmarks: Tensor | None, rng: torch.Generator
     ) -> Objective:
         """Shift of the transformed photo's latent less the penalty."""
-        from shields.transforms import ROBUST
-
         transformed = self.config.reference == "transformed"
         with torch.no_grad():
             clean = self.autoencoder.encode(image).float()
@@ -210,11 +208,11 @@ class PhotoGuardEot(IterativeProtector):
         def value(view: Image, step: Step) -> Tensor:
             reference = clean
             if transformed:  # one call for both sides: the same draw
-                handled, other = ROBUST(torch.cat([view, image]), step.rng).chunk(2)
+                handled, other = self.handled()(torch.cat([view, image]), step.rng).chunk(2)
                 with torch.no_grad():
                     reference = self.autoencoder.encode(other).float()
             else:
-                handled = ROBUST(view, step.rng)
+                handled = self.handled()(view, step.rng)
             shift = mean_square(self.autoencoder.encode(handled) - reference)
             return shift - self.config.penalty * mean_square(view - image)
 
