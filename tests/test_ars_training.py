@@ -24,10 +24,11 @@ from shields.weights import Card, WeightStore
 from tests import cards, tiny
 from tests.training import PowerCut, trainer
 from trainers import TRAINERS
-from trainers.ars import VARIANTS, ArsTraining, sample_sheet
+from trainers.ars import VARIANTS, ArsTraining
 from trainers.ars_targets import Task, distance, gradient_of
 from trainers.data import FacePacks
 from trainers.export import export_checkpoint
+from trainers.sheets import sample_sheet
 
 # Lightning speaks to people at a terminal; its advice is not a fault of ours.
 pytestmark = [

@@ -18,36 +18,35 @@ Differs:
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from shields.budget import Budget
-from shields.codec import uniform
 from shields.errors import ConfigError
+from shields.models import load
 from shields.models.ars_network import SCALES, ArsGenerator, Bound
+from shields.models.base import Recognizer
 from shields.models.round_trip import load_manipulator
 from shields.registry import did_you_mean
 from shields.transforms import CompressResize, parse
 from shields.types import Image, Perturbation
 from shields.weights import WeightStore
 from trainers.ars_perturbation import PAPER, AdvNet, PerturbationModule
-from trainers.ars_targets import Task, distance, goals_of, gradient_of
+from trainers.ars_targets import Likeness, Task, distance, goals_of, gradient_of
 from trainers.averaging import follow
-from trainers.data import batches_done, random_crop
-from trainers.scheme import resized
+from trainers.data import batches_done
+from trainers.disruption_measure import as_saved, disruption, show_tasks, whole_faces
+from trainers.idguard_faces import cut_faces, plain_name
 
-__all__ = ["VARIANTS", "ArsTraining", "Plan", "sample_sheet"]
+__all__ = ["VARIANTS", "ArsTraining", "Plan"]
 
+Objective = Callable[[Image], Tensor]
 Variant = Literal["ars", "without-adv", "non-lossy", "basic-robust", "basic"]
-
-#: from here on a forgery counts as disrupted: mean square in [-1, 1]
-SUCCESS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +93,10 @@ class ArsTraining(pl.LightningModule):
         penalty: lambda of Eq. 2 and lambda_2 of Eq. 10, on the perturbation's mean square.
         adversarial_weight: lambda_1 of Eq. 10.
         margin: For the target "away".
+        recognizers: Cards of networks to which forgeries shall no longer show the person; beyond
+            the paper.
+        identity: Weight of that, on the cosine.
+        judges: Cards of others, which validation asks as well.
         per_step: How many of the manipulators a step meets, drawn; 0 for all.
         head_start: Batches in the beginning on which only f learns.
         size: Side of a training crop, pixels.
@@ -123,6 +126,9 @@ class ArsTraining(pl.LightningModule):
         penalty: float = 10.0,
         adversarial_weight: float = 10.0,
         margin: float = 0.5,
+        recognizers: tuple[str, ...] = (),
+        identity: float = 0.1,
+        judges: tuple[str, ...] = (),
         per_step: int = 0,
         head_start: int = 0,
         size: int = 96,
@@ -161,6 +167,12 @@ class ArsTraining(pl.LightningModule):
         self._manipulators = [load_manipulator(name, store) for name in manipulators]
         self._asked = {name: list(names) for name, names in (conditions or {}).items()}
         goals = goals_of(self._manipulators, targets or {})
+        self._judges: list[Recognizer] = [
+            load("recognizer", name, store=store, device=torch.device("cpu"))
+            for name in (*recognizers, *judges)
+        ]
+        learned = self._judges[: len(recognizers)]
+        self._likeness = Likeness(recognizers=learned, weight=identity) if learned else None
         self._tasks = [
             [Task(manipulator=network, condition=name, goal=goals[network.name], margin=margin)
              for name in self._asked.get(network.name, network.conditions)]
@@ -186,17 +198,18 @@ class ArsTraining(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], index: int) -> None:
         """One step of the Adv Net, then one of the generator."""
         rng = torch.Generator().manual_seed(self.seed + self.batches_done)
-        face = self._cut(batch["face"], rng)
+        face, points = cut_faces(batch, self.size, self.region, rng)
+        face = face.contiguous(memory_format=torch.channels_last)
         levels = self.levels
         if self.budgets:
             levels = self.budgets[int(torch.randint(len(self.budgets), (), generator=rng))]
         tasks, epsilon = self.tasks(rng), levels / 255
-        clean = self._forgeries(tasks, face)
+        clean, alike = self._forgeries(tasks, face), self._person(face, points)
         optimizers: Any = self.optimizers()
         basic = self.generator.shape(face, levels)
         terms = {}
         if self.plan.two_way:
-            terms = self.basic_terms(tasks, face, basic * epsilon, clean)
+            terms = self.basic_terms(tasks, face, basic * epsilon, clean, alike)
         if not (self.plan.two_way and self.batches_done < self.head_start):
             final = basic
             if self.plan.two_way:
@@ -207,27 +220,29 @@ class ArsTraining(pl.LightningModule):
                 protected, reference = self.perturbation(protected, face, rng)
             if reference is not face:
                 clean = self._forgeries(tasks, reference)
+                alike = self._person(reference, points)
             if self.plan.adversary:
                 self._step("a", self.adversary_terms(tasks, protected, clean), optimizers[1])
-            terms |= self.robust_terms(tasks, protected, final * epsilon, clean)
+            terms |= self.robust_terms(tasks, protected, final * epsilon, clean, alike)
         self._step("g", terms, optimizers[0])
 
     def basic_terms(
-        self, tasks: Sequence[Task], face: Image, basic: Perturbation, clean: Sequence[Image | None]
-    ) -> dict[str, Tensor]:
+        self, tasks: Sequence[Task], face: Image, basic: Perturbation,
+        clean: Sequence[Image | None], alike: Objective | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Eq. 2, by its terms."""
         view = (face + basic).clamp(0, 1)
         return {
-            "basic": gradient_of(view, _shortfalls(tasks, clean)),
+            "basic": gradient_of(view, _shortfalls(tasks, clean, alike)),
             "basic_size": self.penalty * distance(basic, torch.zeros_like(basic)).mean(),
         }
 
     def robust_terms(
         self, tasks: Sequence[Task], view: Image, final: Perturbation,
-        clean: Sequence[Image | None],
+        clean: Sequence[Image | None], alike: Objective | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Eq. 10, by its terms; `view` is what p made of the protected photos."""
-        objectives = _shortfalls(tasks, clean)
+        objectives = _shortfalls(tasks, clean, alike)
         terms = {"direct": gradient_of(view, objectives)}
         if self.plan.adversary:
             self.adversary.requires_grad_(False)
@@ -241,14 +256,13 @@ class ArsTraining(pl.LightningModule):
         self, tasks: Sequence[Task], view: Image, clean: Sequence[Image | None]
     ) -> dict[str, Tensor]:
         """Eq. 8: the Adv Net shall bring the clean forgeries back."""
-
-        def restored(task: Task, forged: Image) -> Any:  # noqa: ANN401  a function of an image
-            return lambda image: task.restored(image, forged)
-
-        pairs = [(task, forged) for task, forged in zip(tasks, clean, strict=True)
-                 if forged is not None]  # fmt: skip
+        objectives = [
+            partial(task.restored, clean=forged)
+            for task, forged in zip(tasks, clean, strict=True)
+            if forged is not None
+        ]
         cleaned = self.adversary(view.detach())
-        return {"restored": gradient_of(cleaned, [restored(*pair) for pair in pairs])}
+        return {"restored": gradient_of(cleaned, objectives)}
 
     def _forgeries(self, tasks: Sequence[Task], face: Image) -> list[Image | None]:
         """What the manipulators make of clean photos, where anybody asks for it."""
@@ -256,6 +270,9 @@ class ArsTraining(pl.LightningModule):
             task.forge_clean(face) if self.plan.adversary or task.relative else None
             for task in tasks
         ]
+
+    def _person(self, photo: Image, landmarks: Tensor) -> Objective | None:
+        return None if self._likeness is None else self._likeness.to(photo, landmarks)
 
     def _step(self, player: str, terms: dict[str, Tensor], optimizer: Any) -> None:  # noqa: ANN401
         optimizer.zero_grad()
@@ -266,12 +283,6 @@ class ArsTraining(pl.LightningModule):
         optimizer.step()
         self.log_dict({f"{player}_{name}": value.detach() for name, value in terms.items()})
 
-    def _cut(self, packed: Tensor, rng: torch.Generator) -> Image:
-        side = round(packed.shape[-1] * uniform(self.region, rng))
-        cut = random_crop(packed, min(side, packed.shape[-1]), rng).float() / 255
-        face = resized(cut, self.size).clamp(0, 1)
-        return face.contiguous(memory_format=torch.channels_last)
-
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         """Move the averaged weights; early on they follow faster."""
         follow(self.averaged, self.generator, done=self.batches_done, most=self.average)
@@ -279,60 +290,36 @@ class ArsTraining(pl.LightningModule):
     @torch.no_grad()
     def protect(self, face: Image, levels: float) -> Image:
         """Protect whole-level photos as they would be saved, by the averaged weights."""
-        perturbation = self.averaged(face, levels)[1]
-        whole = Budget(levels=levels).whole_levels
-        return (face + (perturbation * 255).round().clamp(-whole, whole) / 255).clamp(0, 1)
+        return as_saved(face, self.averaged(face, levels)[1], levels)
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
-        """Whole held-out faces, in float32: how often forgeries are disrupted.
-
-        Forgeries of protected photos are compared with those of clean ones; once as they are, and
-        once after the same JPEG 75 and half size on both sides ("handled").
-        """
+        """Whole held-out faces, in float32: `disruption`, and whom forgeries still show."""
         side = int(self.hparams["validation_size"]) or self.size
         levels = float(self.hparams["validation_levels"]) or self.levels
-        face = (resized(batch["face"].float() / 255, side).clamp(0, 1) * 255).round() / 255
+        face = whole_faces(batch["face"], side)
         with torch.autocast(self.device.type, enabled=False):
             protected = self.protect(face, levels)
-            handling = CompressResize()
-            handled = [handling.apply(image, quality=75, scale=0.5) for image in (face, protected)]
-            values = self._measure(face, protected, "")
-            values |= self._measure(handled[0], handled[1], "_handled")
-            if index == 0:
-                self._show(face, protected)
-        error = distance(protected, face) / 4
-        values["val_psnr"] = (-10 * error.clamp_min(1e-10).log10()).mean()
-        # What the best checkpoint is chosen by.
-        values["val_success_mean"] = (values["val_success"] + values["val_success_handled"]) / 2
+            values = disruption(self._tasks, face, protected)
+            if self._judges:
+                points = (batch["landmarks"] + 0.5) * (side / batch["face"].shape[-1]) - 0.5
+                handled = CompressResize().apply(protected, quality=75, scale=0.5)
+                values |= self._shown(face, protected, points, "")
+                values |= self._shown(face, handled, points, "_handled")
         self.log_dict(values, batch_size=len(face))
+        if index == 0:
+            show_tasks(self, self._tasks, (face, protected))
 
-    def _measure(self, face: Image, protected: Image, ending: str) -> dict[str, Tensor]:
-        """Distances and successes over all conditions, of each manipulator and in the mean."""
+    def _shown(
+        self, face: Image, protected: Image, landmarks: Tensor, ending: str
+    ) -> dict[str, Tensor]:
+        """Mean cosine of forgeries of protected photos with the clean photos, by recognizer."""
         values = {}
-        for tasks in self._tasks:
-            tasks[0].manipulator.to(self.device)
-            found = [
-                distance(task.forge_clean(protected), task.forge_clean(face)) for task in tasks
-            ]
-            errors = torch.cat(found)
-            # Names go into cards as they are, where dots and slashes mean something.
-            name = ending + "_" + re.sub(r"[^A-Za-z0-9_-]", "-", tasks[0].manipulator.name)
-            values["val_success" + name] = (errors > SUCCESS).float().mean()
-            values["val_mse" + name] = errors.mean()
-        for name in ("val_success" + ending, "val_mse" + ending):
-            parts = [value for key, value in values.items() if key.startswith(name)]
-            values[name] = torch.stack(parts).mean()
+        for judge in self._judges:
+            alike = Likeness(recognizers=[judge], weight=1.0).to(face, landmarks)
+            tasks = [task for each in self._tasks for task in each]
+            cosines = [alike(task.forge_clean(protected)) for task in tasks]
+            values[f"val_identity{ending}_{plain_name(judge.name)}"] = torch.stack(cosines).mean()
         return values
-
-    def _show(self, face: Image, protected: Image) -> None:
-        for tasks in self._tasks:
-            before, after = (tasks[0].forge_clean(image[:4]) for image in (face, protected))
-            sheet = sample_sheet(face[:4], protected[:4], before, after)
-            for logger in self.loggers:
-                board = getattr(logger, "experiment", None)
-                if board is not None and hasattr(board, "add_image"):
-                    tag = f"sheet/{tasks[0].manipulator.name}"
-                    board.add_image(tag, sheet, self.batches_done)
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
         """Adam for the generator and for the Adv Net."""
@@ -359,24 +346,16 @@ class ArsTraining(pl.LightningModule):
         return self.averaged.state_dict(), dict(self._settings)
 
 
-def _shortfalls(tasks: Sequence[Task], clean: Sequence[Image | None]) -> list[Any]:
-    def shortfall(task: Task, forged: Image | None) -> Any:  # noqa: ANN401  a function of an image
-        return lambda image: task.shortfall(image, forged)
-
-    return [shortfall(*pair) for pair in zip(tasks, clean, strict=True)]
+def _shortfalls(
+    tasks: Sequence[Task], clean: Sequence[Image | None], alike: Objective | None
+) -> list[Objective]:
+    return [
+        partial(task.shortfall, clean=forged, likeness=alike)
+        for task, forged in zip(tasks, clean, strict=True)
+    ]
 
 
 def _check_sides(multiple: int, *sides: int) -> None:
     for side in sides:
         if side % multiple:
             raise ConfigError(f"sides must be multiples of {multiple} pixels, got {side}")
-
-
-def sample_sheet(
-    clean: Image, protected: Image, forged_clean: Image, forged_protected: Image
-) -> Tensor:
-    """Rows: clean, protected, perturbation x10 about grey, and both forgeries: (3, 5 S, n S)."""
-    change = (0.5 + 10 * (protected - clean)).clamp(0, 1)
-    rows = (clean, protected, change, forged_clean, forged_protected)
-    drawn = [torch.cat(list(row.clamp(0, 1)), dim=2) for row in rows]
-    return torch.cat(drawn, dim=1).cpu()

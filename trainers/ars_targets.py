@@ -11,11 +11,12 @@ from torch import Tensor
 
 from shields.errors import ConfigError
 from shields.jpeg import carry
+from shields.models.base import Recognizer
 from shields.models.manipulation import Manipulator
 from shields.registry import did_you_mean
 from shields.types import Image
 
-__all__ = ["Goal", "Task", "distance", "goals_of", "gradient_of"]
+__all__ = ["Goal", "Likeness", "Task", "distance", "goals_of", "gradient_of"]
 
 Goal = Literal["white", "black", "grey", "negative", "away"]
 
@@ -65,14 +66,21 @@ class Task:
         """Forge what others are compared with: float32, without a graph."""
         return self.forge(image).float().clamp(0, 1)
 
-    def shortfall(self, image: Image, clean: Image | None) -> Tensor:
+    def shortfall(
+        self, image: Image, clean: Image | None, likeness: Callable[[Image], Tensor] | None = None
+    ) -> Tensor:
         """How far the forgeries of a batch are from their goal: a number, smaller is better.
 
         Args:
             image: (B, 3, H, W), [0, 1].
             clean: What `forge_clean` made of the clean photos, for goals that are `relative`.
+            likeness: Adds what a forgery still shows of the person.
         """
         forged = self.forge(image)
+        short = self._missed(forged, clean)
+        return short if likeness is None else short + likeness(forged)
+
+    def _missed(self, forged: Image, clean: Image | None) -> Tensor:
         if self.goal in _FLAT:
             return distance(forged, torch.full_like(forged, _FLAT[self.goal])).mean()
         assert clean is not None, "a relative goal needs the clean forgery"
@@ -84,6 +92,39 @@ class Task:
     def restored(self, image: Image, clean: Image) -> Tensor:
         """How far the forgeries are from the clean ones, in the mean: the Adv Net's Eq. 8."""
         return distance(self.forge(image), clean).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likeness:
+    """What forgeries still show of a person, in the eyes of recognizers."""
+
+    recognizers: Sequence[Recognizer]
+    weight: float
+
+    def to(self, photo: Image, landmarks: Tensor) -> Callable[[Image], Tensor]:
+        """Function of forgeries: the mean cosine with the photos, no less than zero, weighed.
+
+        Args:
+            photo: (B, 3, H, W), [0, 1]; both may have been moved about, as long as it is alike.
+            landmarks: (B, 5, 2), pixels of the photos before.
+        """
+        seen = [
+            (network.to(photo.device), network.matrix(landmarks, photo))
+            for network in self.recognizers
+        ]
+        with torch.no_grad():
+            people = [network(photo, matrix) for network, matrix in seen]
+
+        def alike(forged: Image) -> Tensor:
+            image = forged.float().clamp(0, 1)
+            cosines = [
+                (network(image, matrix) * person).sum(dim=1)
+                for (network, matrix), person in zip(seen, people, strict=True)
+            ]
+            # Nobody is less than a stranger: below zero nothing is gained.
+            return self.weight * torch.stack(cosines).clamp_min(0).mean()
+
+        return alike
 
 
 def gradient_of(view: Image, objectives: Sequence[Callable[[Image], Tensor]]) -> Tensor:

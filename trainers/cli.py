@@ -93,6 +93,22 @@ def sheet(
     typer.echo(output)
 
 
+@app.command()
+def people(
+    pack_file: Annotated[Path, typer.Argument(metavar="PACK", help="What `pack` made.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write; is made.")],
+    size: Annotated[int, typer.Option(help="Side of a photo, pixels.")] = 256,
+    share: Annotated[float, typer.Option(help="How much of a packed face is shown.")] = 0.9,
+    limit: Annotated[int, typer.Option(help="How many people; 0 for all.")] = 0,
+) -> None:
+    """Write the people of a pack that no network was trained on as photos, to measure on."""
+    from trainers.people import write_people
+
+    with _one_line_errors():
+        written = write_people(pack_file, folder, size=size, share=share, limit=limit)
+    typer.echo(f"{len(written)} people in {folder}")
+
+
 def _lightning(name: str, verb: str) -> Callable[[typer.Context], None]:
     def command(context: typer.Context) -> None:
         from pytorch_lightning.cli import LightningCLI

@@ -94,6 +94,8 @@ GENERATORS: Registry[Any] = Registry(
     {
         "ars": "shields.models.generators:ArsModel",
         "idguard": "shields.models.idguard:IdGuardModel",
+        "tafim": "shields.models.learned_baselines:TafimModel",
+        "universal": "shields.models.learned_baselines:UniversalModel",
     },
 )
 DENOISERS: Registry[Any] = Registry(

@@ -52,9 +52,12 @@ class Compact(nn.Module):
         self.reach = convolutions + 2
         layers: list[nn.Module] = []
         for inputs in (3, *[features] * convolutions):
-            layers += [nn.Conv2d(inputs, features, 3, padding=1), nn.PReLU(features)]
+            convolution = nn.Conv2d(inputs, features, 3, padding=1)
+            # As loud behind as before; torch's own start fades in so many layers.
+            nn.init.kaiming_normal_(convolution.weight, a=0.25)
+            layers += [convolution, nn.PReLU(features)]
         last = nn.Conv2d(features, 3 * scale**2, 3, padding=1)
-        _silence(last)
+        _quiet(last)
         self.body = nn.Sequential(*layers, last)
 
     def forward(self, image: Image) -> Image:
@@ -65,10 +68,11 @@ class Compact(nn.Module):
         )
 
 
-def _silence(layer: nn.Conv2d) -> None:
-    """Let training begin where a network changes nothing."""
-    for value in layer.parameters():
-        nn.init.zeros_(value)
+def _quiet(layer: nn.Conv2d) -> None:
+    """Let training begin where a network changes next to nothing, yet every layer hears of it."""
+    nn.init.normal_(layer.weight, std=1e-3)
+    assert layer.bias is not None, "it has one"
+    nn.init.zeros_(layer.bias)
 
 
 class PerturbationUNet(nn.Module):
@@ -82,7 +86,7 @@ class PerturbationUNet(nn.Module):
         super().__init__()
         self.unet = UNet(3, 3, widths)
         self.multiple = self.unet.multiple
-        _silence(self.unet.last)
+        _quiet(self.unet.last)
 
     def forward(self, image: Image) -> Image:
         """Predict the perturbation and subtract it."""

@@ -42,6 +42,10 @@ PROTECTORS: Registry[type[Protector]] = Registry(
         "ars": "shields.protectors.learned:Ars",
         "idguard": "shields.protectors.idguard_universal:IdGuard",
         "idguard-universal": "shields.protectors.idguard_universal:IdGuardUniversal",
+        "tafim": "shields.protectors.learned_baselines:Tafim",
+        "pg": "shields.protectors.learned_baselines:Pg",
+        "iap-like": "shields.protectors.learned_baselines:IapLike",
+        "cmua": "shields.protectors.learned_baselines:Cmua",
         "fgsm": "shields.protectors.gradient:Fgsm",
         "ifgsm": "shields.protectors.gradient:Ifgsm",
         "pgd": "shields.protectors.gradient:Pgd",
@@ -84,10 +88,14 @@ def load(
         if role not in protector.NETWORKS:
             hint = did_you_mean(role, protector.NETWORKS)
             raise ConfigError(f"{name!r} has no network for the role {role!r}; {hint}")
-    loaded = {
-        role: models.load(role, networks.get(role, default), store=store, device=device)
-        for role, default in protector.roles(config).items()
-    }
+    loaded = {}
+    for role, default in protector.roles(config).items():
+        if role not in networks and role == "generator" and default not in store.names():
+            raise ConfigError(
+                f"{name!r} needs a trained network, and none comes with the package: name one with "
+                f"--generator; `shields train {name} fit` trains it, `… export` writes its card"
+            )
+        loaded[role] = models.load(role, networks.get(role, default), store=store, device=device)
     if isinstance(config, IterativeConfig) and config.compile:
         for network in loaded.values():
             network.accelerate()
