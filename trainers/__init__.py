@@ -19,6 +19,7 @@ TRAINERS: Registry[type] = Registry(
         "cmua": "trainers.cmua:CmuaTraining",
         "forensics": "trainers.forensics:ForensicsTraining",
         "manipulator": "trainers.manipulator:ManipulatorTraining",
+        "robust-manipulator": "trainers.robust_manipulator:RobustManipulatorTraining",
         "restorer": "trainers.restorer:RestorerTraining",
         "purifier": "trainers.purifier:PurifierTraining",
     },

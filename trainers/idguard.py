@@ -38,8 +38,9 @@ from shields.weights import WeightStore
 from trainers.averaging import follow
 from trainers.data import batches_done
 from trainers.identity_destruction import DestructionConfig, compare, gain, look
-from trainers.idguard_faces import Photos, cut_faces, described, plain_name, success
+from trainers.idguard_faces import Photos, cut_faces, photos_of, plain_name, success
 from trainers.scheme import resized
+from trainers.sheets import show_sheets
 from trainers.universal import UniversalPerturbation, gradient_prior, random_prior
 from trainers.weighting import (
     STRATEGIES,
@@ -196,8 +197,8 @@ class IdGuardTraining(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], index: int) -> None:
         """One step against all manipulators."""
         rng = torch.Generator().manual_seed(self.seed + self.batches_done)
-        photos = described(
-            *cut_faces(batch, self.size, self.region, rng), self._watching[0], self.hparams["heat"]
+        photos = photos_of(
+            batch, self.size, self.region, self._watching[0], self.hparams["heat"], rng=rng
         )
         views = self.views(photos.face)
         if self.handling is not None:
@@ -296,6 +297,8 @@ class IdGuardTraining(pl.LightningModule):
                 networks = [network.to(self.device) for network in self._manipulators]
                 found = success(networks, self._asked, (face, protected), points, judge)
                 values |= {f"val_{way}{name}": value for name, value in found.items()}
+                if index == 0:
+                    show_sheets(self, networks, self._asked, (face, protected), kind=way)
         self.log_dict(values, batch_size=len(face))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
