@@ -1,16 +1,15 @@
 """What the default protection does, on held-out networks too: the table in the README.
 
-`python -m robustness.default_report` protects the CelebA-HQ samples at 256x256 with FaceLock as
-`shields protect` runs it, once against the embedded networks and once against published ones, with
-and without `--robust`, at 4, 8 and 16 levels. Every result is then handled for real (the codec and
-Pillow's Lanczos, nothing differentiable), sent through each autoencoder and looked at by each
-recognizer. Protected photos are kept, so an interrupted run goes on where it stopped.
+`python -m robustness.default_report` protects the CelebA-HQ samples at 256x256: by the embedded
+generator as `shields protect` runs it, and by FaceLock, once against the embedded networks and once
+against published ones, with and without `--robust`. Every result is then handled for real (the
+codec and Pillow's Lanczos, nothing differentiable), sent through each autoencoder and looked at by
+each recognizer. Protected photos are kept, so an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,8 @@ import typer
 from PIL import Image as PILImage
 from rich.progress import Progress
 
+from robustness.attacks import parse
+from robustness.metrics import bootstrap
 from shields import metrics
 from shields.errors import ConfigError, ImageError
 from shields.models import load as load_network
@@ -32,40 +33,29 @@ from shields.models.detectors import MtcnnDetector
 from shields.photo import write
 from shields.protectors import load
 from shields.protectors.facelock import FaceLockConfig
+from shields.protectors.learned import ArsConfig
 from shields.provenance import hardware, revision
 from shields.shield import Shield
 from shields.types import Photo
 from shields.weights import WeightStore
 
-__all__ = ["ATTACKS", "PAIRS", "Plan", "app", "render", "summarise"]
+__all__ = ["ATTACKS", "GENERATOR", "PAIRS", "Plan", "app", "render", "summarise"]
 
 #: name -> (autoencoder, recognizer)
 PAIRS = {
     "embedded": ("portrait-ae", "face-embedder"),
     "published": ("taef2", "mobilefacenet"),
 }
-
-
-def _jpeg(pixels: np.ndarray) -> np.ndarray:
-    buffer = io.BytesIO()
-    PILImage.fromarray(pixels).save(buffer, "JPEG", quality=75)
-    return np.asarray(PILImage.open(buffer).convert("RGB"))
-
-
-def _half(pixels: np.ndarray) -> np.ndarray:
-    height, width = pixels.shape[:2]
-    small = PILImage.fromarray(pixels).resize(
-        (width // 2, height // 2), PILImage.Resampling.LANCZOS
-    )
-    return np.asarray(small.resize((width, height), PILImage.Resampling.LANCZOS))
+#: the embedded generator, trained against both autoencoders and the embedded recognizer
+GENERATOR = "ars-latent"
 
 
 #: what a protected photo goes through, by the real codec and the real resampler
 ATTACKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "none": lambda pixels: pixels,
-    "JPEG 75": _jpeg,
-    "half size": _half,
-    "C&R": lambda pixels: _half(_jpeg(pixels)),
+    "none": parse("none").apply,
+    "JPEG 75": parse("jpeg:75").apply,
+    "half size": parse("resize:0.5,restore=true").apply,
+    "C&R": parse("cr:restore=true").apply,
 }
 
 
@@ -78,8 +68,22 @@ class Plan:
     robust: bool
     stealth: bool = False
 
-    def config(self) -> FaceLockConfig:
-        """FaceLock as `shields protect` runs it; the larger networks in bfloat16 for speed."""
+    @property
+    def method(self) -> str:
+        """The protector's name."""
+        return "ars" if self.optimised == GENERATOR else "facelock"
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """Role -> card."""
+        if self.optimised == GENERATOR:
+            return {"generator": GENERATOR}
+        return dict(zip(("autoencoder", "recognizer"), PAIRS[self.optimised], strict=True))
+
+    def config(self) -> FaceLockConfig | ArsConfig:
+        """As `shields protect` runs it; FaceLock's larger networks in bfloat16 for speed."""
+        if self.optimised == GENERATOR:
+            return ArsConfig(levels=self.levels)
         config = replace(FaceLockConfig(), levels=self.levels, stealth=self.stealth)
         config = config.hardened() if self.robust else config
         return replace(config, precision="bfloat16") if self.optimised == "published" else config
@@ -164,11 +168,9 @@ def _protect(
         if not target.is_file():
             if shield is None:
                 device = torch.device("cpu")
-                autoencoder, recognizer = PAIRS[plan.optimised]
                 protector = load(
-                    "facelock", plan.config(), store=store, device=device,
-                    networks={"autoencoder": autoencoder, "recognizer": recognizer},
-                )  # fmt: skip
+                    plan.method, plan.config(), store=store, device=device, networks=plan.networks
+                )
                 shield = Shield(protector, detector=MtcnnDetector.load(device=device))
             write(target, shield.protect(photo).pixels, photo)
         tick()
@@ -217,14 +219,6 @@ def _measure(
     return rows
 
 
-def _interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean."""
-    rng = np.random.default_rng(seed)
-    means = rng.choice(values, (2000, len(values))).mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def summarise(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     """Mean, interval and n of every cell, fidelity beside it."""
     keys = ("optimised", "measured", "levels", "robust", "stealth", "attack")
@@ -233,19 +227,18 @@ def summarise(rows: list[dict[str, object]]) -> list[dict[str, object]]:
         cells.setdefault(tuple(row[key] for key in keys), []).append(row)
     summary: list[dict[str, object]] = []
     for cell, members in cells.items():
-        values = np.array([member["similarity"] for member in members], dtype=float)
         means = {
             name: float(np.mean([float(str(member[name])) for member in members]))
             for name in ("similarity", "clean", "psnr", "ssim", "flip")
         }
-        low, high = _interval(values)
+        _, low, high = bootstrap([float(str(member["similarity"])) for member in members])
         summary.append(
             {
                 **dict(zip(keys, cell, strict=True)),
                 **means,
                 "low": low,
                 "high": high,
-                "n": len(values),
+                "n": len(members),
             }
         )
     return summary
@@ -273,6 +266,8 @@ def render(report: Mapping[str, object]) -> str:
         row = [cells[*line, attack] for attack in ATTACKS]
         values = " | ".join(f"{cell['similarity']:.2f}" for cell in row)
         held_out = "" if optimised == measured else " (held out)"
+        if optimised == GENERATOR:
+            held_out = {"published": " (recognizer held out)"}.get(measured, "")
         flags = ("yes" if robust else "no") + (" + `--stealth`" if stealth else "")
         lines.append(
             f"| {optimised} | {measured}{held_out} | {levels:g} | {flags} | {values} "
@@ -318,11 +313,11 @@ def _cell(text: str) -> tuple[str, float]:
     """Read "embedded:8": networks to optimise against, and levels."""
     pair, _, levels = text.partition(":")
     try:
-        if pair in PAIRS and float(levels) > 0:
+        if pair in (*PAIRS, GENERATOR) and float(levels) > 0:
             return pair, float(levels)
     except ValueError:
         pass
-    names = " or ".join(PAIRS)
+    names = " or ".join((*PAIRS, GENERATOR))
     raise ConfigError(f"--plan wants {names}, a colon and levels, got {text!r}")
 
 
@@ -359,7 +354,7 @@ def main(
         Plan(optimised=pair, levels=budget, robust=robust)
         for pair, budget in cells
         or [(pair, budget) for pair in PAIRS for budget in (4.0, 8.0, 16.0)]
-        for robust in (False, True)
+        for robust in ((False,) if pair == GENERATOR else (False, True))
     ]
     if stealth:
         plans.append(Plan(optimised="embedded", levels=8.0, robust=True, stealth=True))

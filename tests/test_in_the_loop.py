@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional
 
 from robustness.purifiers import Purifier
-from robustness.purifiers.in_the_loop import PurifierTransform, against
 from robustness.purifiers.classical import Gaussian, GaussianConfig, NoiseUpscale, RoundTrip
+from robustness.purifiers.in_the_loop import PurifierTransform, against
 from robustness.purifiers.tip_rsr import TipRsr, TipRsrConfig
 from shields.budget import Budget
 from shields.errors import ConfigError
