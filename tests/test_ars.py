@@ -13,6 +13,7 @@ from torch.nn import functional
 from shields.errors import ConfigError, WeightsError
 from shields.models.ars_network import SCALES, ArsGenerator, UNet
 from shields.models.generators import ArsModel, Generator
+from shields.models.manipulation import resized
 from shields.protectors.learned import Ars, ArsConfig
 from shields.weights import Card
 from tests import tiny
@@ -212,3 +213,17 @@ class TestProtector:
         image = tiny.faces_image(1, 32)
         protector = Ars(generator=ArsModel(network()))
         assert protector.evaluate(image, image, torch.ones(1, 1, 32, 32)) is None
+
+
+def test_a_large_photo_is_seen_at_the_side_that_was_trained_on() -> None:
+    with tiny.seeded(0):
+        network = ArsGenerator((4, 8), (4, 4), 8, side=32)
+    image = tiny.faces_image(1, 64)
+    small = resized(image, (32, 32))
+    for made, wanted in zip(network(image, 8.0), network(small, 8.0), strict=True):
+        assert torch.equal(made, resized(wanted, (64, 64)))
+    # Small ones are seen as they are.
+    network.side = 0
+    unbound = network(small, 8.0)[1]
+    network.side = 32
+    assert torch.equal(network(small, 8.0)[1], unbound)

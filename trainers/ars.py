@@ -87,6 +87,7 @@ class ArsTraining(pl.LightningModule):
         levels: Budget, levels.
         budgets: Budgets among which each batch draws one and is told it; the largest is `levels`.
         bound: "tanh" or "clip".
+        side: At which larger photos are seen, as for `ArsGenerator`; 0 for their own.
         extra: More that may happen to a photo while training, as `shields.transforms.parse` reads
             it: "jpeg:60..95" (the codec itself), "cr", "rotate:-10..10", "crop:0.8..1".
         joint: Let Eq. 10 reach f through its perturbation.
@@ -121,6 +122,7 @@ class ArsTraining(pl.LightningModule):
         levels: float = 12.75,
         budgets: tuple[float, ...] = (),
         bound: Bound = "tanh",
+        side: int = 0,
         extra: tuple[str, ...] = (),
         joint: bool = False,
         penalty: float = 10.0,
@@ -150,7 +152,7 @@ class ArsTraining(pl.LightningModule):
             "widths": list(widths or SCALES[scale]["widths"]),
             "encoder": list(SCALES[scale]["encoder"]),
             "channels": channels, "two_way": self.plan.two_way, "levels": levels,
-            "budgets": list(budgets), "bound": bound,
+            "budgets": list(budgets), "bound": bound, "side": side,
         }  # fmt: skip
         last = torch.channels_last
         self.generator = ArsGenerator(**self._settings).to(memory_format=last)

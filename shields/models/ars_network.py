@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shields.models.base import unit_range_to_signed
+from shields.models.manipulation import resized
 from shields.types import Image, Perturbation
 
 __all__ = ["SCALES", "ArsGenerator", "NoiseEncoder", "UNet"]
@@ -109,6 +110,8 @@ class ArsGenerator(nn.Module):
         budgets: Budgets between which one chooses at inference, levels; the largest is `levels`.
             Empty for a network that is not told.
         bound: How |perturbation| is kept below the budget.
+        side: Images with a longer side are seen at this side, and the perturbation is resized:
+            a network knows faces of the size that it was trained on. 0 for any size, pixels.
     """
 
     def __init__(
@@ -121,8 +124,10 @@ class ArsGenerator(nn.Module):
         levels: float = 12.75,
         budgets: Sequence[float] = (),
         bound: Bound = "tanh",
+        side: int = 0,
     ) -> None:
         super().__init__()
+        self.side = side
         if bound not in ("tanh", "clip"):
             raise ValueError(f"`bound` must be tanh or clip, got {bound!r}")
         if budgets and max(budgets) != levels:
@@ -148,6 +153,12 @@ class ArsGenerator(nn.Module):
             Twice (B, 3, H, W), image units, inside the budget. The robust one has a gradient
             through the basic one; `robust` takes it detached.
         """
+        height, width = image.shape[2:]
+        if self.side and max(height, width) > self.side:
+            share, multiple = self.side / max(height, width), self.multiple
+            seen = [max(1, round(side * share / multiple)) * multiple for side in (height, width)]
+            made = self(resized(image, (seen[0], seen[1])), levels)
+            return resized(made[0], (height, width)), resized(made[1], (height, width))
         basic = self.shape(image, levels)
         final = basic if self.stage2 is None else self.robust(image, basic, levels)
         return basic * (levels / 255), final * (levels / 255)
