@@ -41,6 +41,8 @@ class Protection:
     preset: str | None = None
     #: the method's hardened settings, `--robust`
     robust: bool = False
+    #: purifiers that the method averages over as well, as a defender who knows the attacker
+    aware: tuple[str, ...] = ()
     #: role -> network, where not the method's own
     networks: tuple[tuple[str, str], ...] = ()
     #: further settings of the method, as text
@@ -65,6 +67,7 @@ class Protection:
         own = {key: values.pop(key) for key in _PROTECTION & set(values)}
         label = str(own.pop("label", "") or method or Path(str(folder)).name)
         networks = _mapping(own.pop("networks", {}), f"`networks` of {label}")
+        own["aware"] = _texts(own.get("aware", ()), "aware")
         _check_protection(label, str(method), own, values)
         return cls(
             label=label,
@@ -82,7 +85,7 @@ class Protection:
         return {**values, "networks": dict(self.networks), "settings": dict(self.settings)}
 
 
-_PROTECTION = {"label", "preset", "robust", "networks", "region", "size"}
+_PROTECTION = {"label", "preset", "robust", "aware", "networks", "region", "size"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,15 @@ from robustness.handling import Handling
 from robustness.images import networks_of, state_of
 from robustness.metrics import Measure, SetMeasure
 from robustness.purifiers import Purifier
+from robustness.purifiers.in_the_loop import against
 from robustness.suite import Forging, Protection
 from shields import models, protectors
 from shields.cli_protect import configure
 from shields.errors import ConfigError, ShieldsError
 from shields.models.base import Detector
-from shields.models.manipulation import Editor, Manipulator
+from shields.models.manipulation import Editor, Manipulator, resized
 from shields.models.round_trip import load_manipulator
+from shields.protectors.base import IterativeProtector
 from shields.shield import Shield
 from shields.types import Image
 from shields.weights import Card, WeightStore
@@ -31,6 +33,8 @@ __all__ = ["CellError", "Tools", "explain", "tools_for"]
 
 #: metrics about sets, which are so even where they cannot be loaded
 _SETS = ("fid", "kid", "fd")
+#: no side is shorter where faces are looked for, pixels
+_DETECTED = 160
 #: photos whose landmarks are remembered
 _PHOTOS = 10_000
 
@@ -91,10 +95,14 @@ class Tools:
             digest: Of its content; the last few photos are remembered.
         """
         if digest not in self._landmarks:
-            faces = self.detector(image)
+            # The detector overlooks faces of a few dozen pixels.
+            factor = max(1, math.ceil(_DETECTED / min(image.shape[2:])))
+            size = (image.shape[2] * factor, image.shape[3] * factor)
+            faces = self.detector(resized(image, size))
             points = torch.full((1, 5, 2), math.nan)
             if faces:
                 points = torch.from_numpy(faces[0].landmarks)[None].float()
+                points = (points + 0.5) / factor - 0.5
             self._landmarks[digest] = points.to(self.device)
             while len(self._landmarks) > _PHOTOS:
                 del self._landmarks[next(iter(self._landmarks))]
@@ -110,7 +118,7 @@ class Tools:
             protection.method,
             preset=protection.preset,
             settings=texts,
-            robust=protection.robust,
+            robust=protection.robust or bool(protection.aware),
         )
         protector = protectors.load(
             protection.method,
@@ -119,6 +127,9 @@ class Tools:
             store=self.store,
             device=self.device,
         )
+        if protection.aware:
+            assert isinstance(protector, IterativeProtector), "or it could not be hardened"
+            protector.handling = against(*map(self._purifier, protection.aware))
         return Shield(
             protector,
             detector=self.detector,

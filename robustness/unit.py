@@ -191,7 +191,7 @@ class _Work:
         shield = self.tools.shield(protection, suite.seed)
         settings = {
             "method": protection.method, "config": shield.protector.config.to_dict(),
-            "region": shield.region, "size": shield.size,
+            "region": shield.region, "size": shield.size, "aware": protection.aware,
         }  # fmt: skip
         key = key_of(
             "protect", [self.clean.digest], settings=settings,
