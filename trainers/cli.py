@@ -11,6 +11,7 @@ import typer
 
 from shields.errors import OutputError, ShieldsError
 from trainers import TRAINERS
+from trainers.cli_pack import pack
 
 __all__ = ["app"]
 
@@ -38,33 +39,7 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-@app.command()
-def pack(
-    source: Annotated[Path, typer.Argument(help="A folder of photos, or a tar of them.")],
-    output: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
-    size: Annotated[int, typer.Option(help="Side of a packed face, pixels.")] = 160,
-    margin: Annotated[float, typer.Option(help="Side of the cut, in face boxes.")] = 1.8,
-    labels: Annotated[
-        Path | None, typer.Option(help="A CSV with a column `file` and columns of labels.")
-    ] = None,
-    attribute: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=COLUMN:YES|NO", help="A label to keep; may be repeated."),
-    ] = None,
-) -> None:
-    """Cut the faces out of photos once, so that training never decodes an image again."""
-    from trainers.pack import Attribute
-    from trainers.pack import pack as run
-
-    if not source.exists():
-        raise typer.BadParameter(f"there is no {source}")
-    with _one_line_errors():
-        attributes = [Attribute.parse(text) for text in attribute or []]
-        report = run(source, output, size=size, margin=margin, labels=labels, attributes=attributes)
-    told = f", {report.labelled} with labels" if attributes else ""
-    typer.echo(f"{report.faces} faces of {report.identities} people in {output}{told}")
-    for name, reason in report.skipped.items():
-        typer.echo(f"left out {name}: {reason}", err=True)
+app.command()(pack)
 
 
 @app.command()
@@ -114,6 +89,8 @@ def _lightning(name: str, verb: str) -> Callable[[typer.Context], None]:
         from pytorch_lightning.cli import LightningCLI
 
         from trainers.data import FacePacks
+        from trainers.interruption import SaveOnSigterm
+        from trainers.parallel import PlayersInTurn
 
         with _one_line_errors():
             LightningCLI(
@@ -121,6 +98,7 @@ def _lightning(name: str, verb: str) -> Callable[[typer.Context], None]:
                 FacePacks,
                 args=[verb, *context.args],
                 seed_everything_default=0,
+                trainer_defaults={"callbacks": [PlayersInTurn(), SaveOnSigterm()]},
                 save_config_kwargs={"overwrite": True},
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,13 +15,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
 
 from shields.errors import ImageError
 from shields.faces import similarity
+from shields.masks import CLASSES
 
 __all__ = ["FacePack", "FacePacks", "augment", "batches_done", "held_out", "jittered_alignment",
-           "middle", "random_crop"]  # fmt: skip
+           "middle", "random_crop", "whole_entries"]  # fmt: skip
+
+_LOG = logging.getLogger(__name__)
+#: what a face may have beside it, so that a trainer need not compute it: names of tensors in a pack
+_PARTS, _HEAT = "parts", "heat:"
 
 
 def held_out(identity: str, share: float) -> bool:
@@ -34,7 +41,10 @@ class FacePack(Dataset[dict[str, Tensor]]):
 
     An item is `face` (3, S, S) uint8, `landmarks` (5, 2) float32 in its pixels, `identity` (), and,
     where attributes are asked for, `labels` (N,) int64, 0 or 1; faces without all labels are left
-    out.
+    out. Where the pack holds them, it is also `parts` (S, S) uint8, indices into
+    `shields.masks.CLASSES`, and `heat:METHOD:RECOGNIZER` (S, S) uint8, 255 = warmest.
+
+    Damaged entries are left out, counted in `damaged`, and named in a warning of the log.
     """
 
     def __init__(
@@ -44,17 +54,19 @@ class FacePack(Dataset[dict[str, Tensor]]):
             raise ImageError(f"no face pack at {path}; make it with `shields train pack`")
         with _opened(path) as archive:
             names = json.loads(archive.metadata()["identities"])
-            identity = archive.get_tensor("identity")
+            self.faces, self.landmarks, self.identity = _entries(archive, path)
+            whole = whole_entries(self.landmarks, self.identity, len(names))
+            self.damaged = int((~whole).sum())
+            if self.damaged:
+                _LOG.warning("%s", _complaint(archive, path, whole))
             wanted = torch.tensor([held_out(name, share) == validation for name in names])
-            usable = wanted[identity]
+            usable = whole & wanted[self.identity.clamp(0, len(names) - 1)]
             self.labels = None
             if attributes:
                 self.labels = _labels(archive, path, attributes)
                 usable = usable & (self.labels >= 0).all(dim=1)
             self.index = usable.nonzero().flatten()
-            self.faces = archive.get_tensor("faces")
-            self.landmarks = archive.get_tensor("landmarks")
-        self.identity = identity
+            self.beside = _beside(archive, path, len(self.faces))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -68,7 +80,23 @@ class FacePack(Dataset[dict[str, Tensor]]):
         }
         if self.labels is not None:
             sample["labels"] = self.labels[row]
-        return sample
+        return sample | {name: values[row] for name, values in self.beside.items()}
+
+
+def whole_entries(landmarks: Tensor, identity: Tensor, people: int) -> Tensor:
+    """Say which entries of a pack can be used: landmarks are numbers, eyes apart, people known.
+
+    Args:
+        landmarks: (N, 5, 2).
+        identity: (N,).
+        people: How many there are.
+
+    Returns:
+        (N,), bool.
+    """
+    finite = landmarks.isfinite().all(dim=2).all(dim=1)
+    apart = (landmarks[:, 0] != landmarks[:, 1]).any(dim=1)
+    return finite & apart & (identity >= 0) & (identity < people)
 
 
 def _opened(path: Path) -> Any:  # noqa: ANN401  untyped
@@ -80,6 +108,39 @@ def _opened(path: Path) -> Any:  # noqa: ANN401  untyped
     if "identities" not in known:
         raise ImageError(f"{path} is no face pack; make one with `shields train pack`")
     return archive
+
+
+def _entries(archive: Any, path: Path) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401  untyped
+    try:
+        found = [archive.get_tensor(name) for name in ("faces", "landmarks", "identity")]
+    except SafetensorError as error:
+        raise ImageError(f"{path} is no face pack: {error}") from error
+    faces, landmarks, identity = found
+    alike = faces.ndim == 4 and faces.shape[1] == faces.shape[2] and faces.dtype == torch.uint8
+    count = len(faces)
+    if not alike or landmarks.shape != (count, 5, 2) or identity.shape != (count,) or not count:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found)
+        raise ImageError(f"{path} is no face pack: faces, landmarks and identity are {shapes}")
+    return faces, landmarks, identity
+
+
+def _complaint(archive: Any, path: Path, whole: Tensor) -> str:  # noqa: ANN401  untyped
+    files = json.loads(archive.metadata().get("files", "[]"))
+    bad = (~whole).nonzero().flatten().tolist()
+    named = [files[row] if row < len(files) else f"entry {row}" for row in bad[:5]]
+    more = f" and {len(bad) - len(named)} more" if len(bad) > len(named) else ""
+    return f"{path}: left out {len(bad)} damaged faces: {', '.join(named)}{more}"
+
+
+def _beside(archive: Any, path: Path, count: int) -> dict[str, Tensor]:  # noqa: ANN401  untyped
+    names = [name for name in archive.keys()  # noqa: SIM118  no mapping
+             if name == _PARTS or name.startswith(_HEAT)]  # fmt: skip
+    found = {name: archive.get_tensor(name) for name in names}
+    if any(len(values) != count for values in found.values()):
+        raise ImageError(f"{path} is damaged: it has not one mask a face; pack it again")
+    if _PARTS in found and json.loads(archive.metadata().get("classes", "[]")) != list(CLASSES):
+        raise ImageError(f"{path} numbers the parts of a face in another way; pack it again")
+    return found
 
 
 def _labels(archive: Any, path: Path, attributes: Sequence[str]) -> Tensor:  # noqa: ANN401  untyped
@@ -94,31 +155,47 @@ def _labels(archive: Any, path: Path, attributes: Sequence[str]) -> Tensor:  # n
     return labels[:, [known.index(name) for name in attributes]].long()
 
 
-class _Mixture(Sampler[list[int]]):
+class _Mixture(DistributedSampler[int]):
     """Batches from weighted packs, each batch from one; a batch depends on its number alone.
 
     Numbers go on from where training stands, so a resumed run sees the batches it would have seen;
-    epochs are no help there, because Lightning may count one twice when it resumes.
+    epochs are no help there, because Lightning may count one twice when it resumes. Of several
+    processes each takes its share of one large batch: two of them with batches of 8 see what one
+    sees with batches of 16. Lightning leaves a `DistributedSampler` as it is.
     """
 
     def __init__(
-        self, sizes: list[int], weights: list[float], batch: int, batches: int, seed: int,
-        position: Callable[[], int],
+        self, packs: Dataset[dict[str, Tensor]], sizes: list[int], weights: list[float],
+        batch: int, batches: int, seed: int, place: Callable[[], tuple[int, int, int]],
     ) -> None:  # fmt: skip
+        _, rank, ranks = place()
+        super().__init__(packs, num_replicas=ranks, rank=rank, shuffle=False)
         self.sizes, self.weights = sizes, torch.tensor(weights, dtype=torch.float32)
-        self.batch, self.batches, self.seed, self.position = batch, batches, seed, position
+        self.batch, self.batches, self.seed, self.place = batch, batches, seed, place
 
     def __len__(self) -> int:
-        return self.batches
+        return self.batches * self.batch
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[int]:
         starts = torch.tensor([0, *self.sizes]).cumsum(0)
-        first = self.position()
+        first, rank, ranks = self.place()
         for number in range(first, first + self.batches):
             rng = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
             which = int(torch.multinomial(self.weights, 1, generator=rng))
-            rows = torch.randint(self.sizes[which], (self.batch,), generator=rng)
-            yield (rows + starts[which]).tolist()
+            rows = torch.randint(self.sizes[which], (self.batch * ranks,), generator=rng)
+            own = rows[rank * self.batch : (rank + 1) * self.batch]
+            yield from (own + starts[which]).tolist()
+
+
+class _Batches(DataLoader[dict[str, Tensor]]):
+    """A loader that Lightning may stop in the middle of an epoch: the sampler knows the way on."""
+
+    def state_dict(self) -> dict[str, object]:
+        """Nothing: a batch depends on its number, which the trainer keeps."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Nothing to load."""
 
 
 def batches_done(trainer: pl.Trainer) -> int:
@@ -136,7 +213,7 @@ class FacePacks(pl.LightningDataModule):
     Args:
         packs: Files made by `shields train pack`.
         weights: How often a batch comes from each pack; equal if left out.
-        batch: Faces in a batch.
+        batch: Faces in a batch of one process.
         batches: Batches in an epoch.
         validation_pack: The file whose held-out people are validated on; the first if left out.
         share: Share of the people that is held out.
@@ -166,16 +243,20 @@ class FacePacks(pl.LightningDataModule):
         sets = [self._pack(path, validation=False) for path in self.packs]
         joined: ConcatDataset[dict[str, Tensor]] = ConcatDataset(sets)
         sizes = [len(part) for part in sets]
+        for path, size in zip(self.packs, sizes, strict=True):
+            if not size:
+                raise ImageError(f"{path} has no usable face of a person that is trained on")
         sampler = _Mixture(
-            sizes, self.weights, self.batch, self.batches, self.seed, self._batches_done
+            joined, sizes, self.weights, self.batch, self.batches, self.seed, self._place
         )
-        return DataLoader(joined, batch_sampler=sampler)
+        return _Batches(joined, batch_size=self.batch, sampler=sampler)
 
-    def _batches_done(self) -> int:
+    def _place(self) -> tuple[int, int, int]:
+        """Batches done, which process this is, and how many there are."""
         trainer = self.trainer
         if trainer is None:
-            return 0
-        return batches_done(trainer)
+            return 0, 0, 1
+        return batches_done(trainer), trainer.global_rank, trainer.world_size
 
     def _pack(self, path: Path, *, validation: bool) -> FacePack:
         return FacePack(path, validation=validation, share=self.share, attributes=self.attributes)

@@ -39,6 +39,7 @@ from trainers.averaging import follow
 from trainers.data import batches_done
 from trainers.identity_destruction import DestructionConfig, compare, gain, look
 from trainers.idguard_faces import Photos, cut_faces, photos_of, plain_name, success
+from trainers.parallel import gathered, mean_over_processes
 from trainers.scheme import resized
 from trainers.sheets import show_sheets
 from trainers.universal import UniversalPerturbation, gradient_prior, random_prior
@@ -160,7 +161,8 @@ class IdGuardTraining(pl.LightningModule):
         rng = torch.Generator().manual_seed(self.seed)
         loader = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
         few = itertools.islice(loader, int(self.hparams["prior_batches"]))
-        faces = [cut_faces(batch, self.size, self.region, rng)[0].to(self.device) for batch in few]
+        cuts = [cut_faces(batch, self.size, self.region, rng)[0] for batch in few]
+        faces = [gathered(cut.to(self.device)) for cut in cuts]
         with torch.autocast(self.device.type, enabled=False):
             if self.universal is not None:
                 start = self._start(faces, rng)
@@ -210,8 +212,11 @@ class IdGuardTraining(pl.LightningModule):
             pulls.append(pull)
             indicators.append(indicator)
             gains.append(gained)
-        flat = self._flat(views, pulls) if self.strategy.needs_gradients else None
-        weights = self.strategy(TaskReport(indicators=torch.stack(indicators), gradients=flat))
+        flat = None
+        if self.strategy.needs_gradients:
+            flat = mean_over_processes(self._flat(views, pulls))
+        judged = mean_over_processes(torch.stack(indicators))
+        weights = self.strategy(TaskReport(indicators=judged, gradients=flat))
         total = _along(views, [
             sum(weight * pull[branch] for weight, pull in zip(weights, pulls, strict=True))
             for branch in range(len(views))
