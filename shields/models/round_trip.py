@@ -1,4 +1,4 @@
-"""An autoencoder as a manipulator, and one door for both."""
+"""An autoencoder, or nothing at all, as a manipulator, and one door for all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shields.models.manipulation import Condition, Manipulator
 from shields.types import Image
 from shields.weights import Card, WeightStore
 
-__all__ = ["RoundTrip", "load_manipulator"]
+__all__ = ["AsItIs", "RoundTrip", "load_manipulator"]
 
 
 class RoundTrip(Manipulator):
@@ -31,12 +31,25 @@ class RoundTrip(Manipulator):
         return self.autoencoder.decode(self.autoencoder.encode(image)), None
 
 
+class AsItIs(Manipulator):
+    """Nothing happens to the photo: for whoever looks at it before any manipulation."""
+
+    name, conditions, multiple = "none", ("look",), 1
+
+    def _run(self, image: Image, condition: Condition) -> tuple[Image, Tensor | None]:
+        return image, None
+
+
 def load_manipulator(name: str, store: WeightStore) -> Manipulator:
     """Load a manipulator, or an autoencoder as one, by the name or path of its card.
+
+    "none" is the photo as it is.
 
     Raises:
         ConfigError: The card is of another role.
     """
+    if name == "none":
+        return AsItIs()
     beside = Path(name).with_suffix(".toml")
     role = "manipulator"
     if name in store.names():
