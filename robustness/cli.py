@@ -9,15 +9,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
-from robustness import handling
 from robustness.rows import Row, Run, load
-from robustness.suite import SUITES, Suite, find_suite
 from shields.cli_common import (
     AsJson,
     WeightsDir,
@@ -30,7 +28,19 @@ from shields.cli_common import (
     warn,
     write_json,
 )
+from shields.cli_spread import (
+    Engine,
+    EngineName,
+    GpusPerWorker,
+    RayAddress,
+    WorkerCount,
+    workers_of,
+)
 from shields.errors import ConfigError, UnknownName
+from shields.spread import Workers
+
+if TYPE_CHECKING:
+    from robustness.suite import Suite
 
 __all__ = ["app"]
 
@@ -139,11 +149,17 @@ def run(
     device: Annotated[
         str, _option("auto, cpu, cuda, cuda:1 or mps.", panel=_WHERE, metavar="NAME")
     ] = "auto",
+    engine: EngineName = Engine.serial,
+    workers: WorkerCount = None,
+    gpus_per_worker: GpusPerWorker = None,
+    ray_address: RayAddress = None,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
 ) -> None:
     """Protect, handle, forge and measure; whatever fails is said in its cell, the rest goes on."""
     with errors(as_json=as_json):
+        from robustness import handling
+
         for text in attack or ():
             handling.check(text)
         changes = {
@@ -152,12 +168,13 @@ def run(
             "protectors": _protectors(protector, protected),
         }  # fmt: skip
         changes = {key: value for key, value in changes.items() if value is not None}
+        team = workers_of(engine, workers, gpus_per_worker, ray_address, device)
         suite, everyday = _suite(list(targets or ()), changes)
         keep = out_folder or (None if everyday else Path("out") / suite.name)
         made = nullcontext(str(keep)) if keep else tempfile.TemporaryDirectory(prefix="shields-")
         with made as folder:
             code = _run(
-                suite, Path(folder), weights_dir, device,
+                suite, Path(folder), weights_dir, device, team,
                 kept=keep is not None, everyday=everyday, as_json=as_json, quiet=quiet,
             )  # fmt: skip
     raise typer.Exit(code)
@@ -183,6 +200,7 @@ def suites(as_json: AsJson = False) -> None:
     from robustness.attacks import ATTACKS
     from robustness.metrics import METRICS
     from robustness.purifiers import PURIFIERS
+    from robustness.suite import SUITES, Suite
 
     with errors(as_json=as_json):
         read = {path.stem: Suite.read(path).summary for path in sorted(SUITES.glob("*.yaml"))}
@@ -202,6 +220,8 @@ def _suite(targets: list[str], changes: dict[str, Any]) -> tuple[Suite, bool]:
     Raises:
         ConfigError: There is no such suite, or neither suite nor photos were given.
     """
+    from robustness.suite import SUITES, Suite, find_suite
+
     names = {path.stem for path in SUITES.glob("*.yaml")}
     first = Path(targets[0]) if targets else None
     if first is not None and (
@@ -222,6 +242,8 @@ def _suite(targets: list[str], changes: dict[str, Any]) -> tuple[Suite, bool]:
 
 
 def _known(text: str) -> bool:
+    from robustness import handling
+
     try:
         handling.check(text)
     except UnknownName:
@@ -269,13 +291,15 @@ def _run(
     folder: Path,
     weights_dir: Path | None,
     device: str,
+    team: Workers | None,
     *,
     kept: bool,
     everyday: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
-    from robustness.runner import Place, run_suite
+    from robustness.ray_engine import on_ray
+    from robustness.runner import Place, run_suite, serial
     from shields.shield import choose_device
 
     if weights_dir is not None and not weights_dir.is_dir():
@@ -284,7 +308,8 @@ def _run(
     command = shlex.join(["shields", "attack", *sys.argv[_first(sys.argv) :]])
     try:
         with _bar(hidden=quiet) as tell:
-            done, rows = run_suite(suite, place, command=command, progress=tell)
+            engine = serial if team is None else on_ray(team)
+            done, rows = run_suite(suite, place, command=command, engine=engine, progress=tell)
     except KeyboardInterrupt:
         again = "the same command goes on from here" if kept else "nothing is kept without --out"
         say(f"stopped; {again}")

@@ -66,6 +66,8 @@ class Survival:
     recognised: int
     recognised_unprotected: int
     photos: int
+    #: unprotected photos that could be measured
+    photos_unprotected: int
     error: str = ""
 
 
@@ -90,14 +92,15 @@ def _survival(
     ours: dict[str, list[Row]],
     theirs: dict[str, list[Row]],
 ) -> Survival:
-    known = _values(ours, "recognised")
+    known, bare = _values(ours, "recognised"), _values(theirs, "recognised")
     errors = [row.error for part in ours.values() for row in part if row.error]
     return Survival(
         protector=key[0], attack=key[1], manipulator=key[2], condition=key[3], recognizer=key[4],
         likeness=_mean(_values(ours, "fr")), unprotected=_mean(_values(theirs, "fr")),
         recognised=sum(value > 0 for value in known),
-        recognised_unprotected=sum(value > 0 for value in _values(theirs, "recognised")),
-        photos=len(known), error=errors[0] if errors and not known else "",
+        recognised_unprotected=sum(value > 0 for value in bare),
+        photos=len(known), photos_unprotected=len(bare),
+        error=errors[0] if errors and not known else "",
     )  # fmt: skip
 
 
@@ -170,9 +173,10 @@ def _said(survival: Survival, saved: Survival | None) -> str:
         count = f"{survival.recognised} of {survival.photos} faces are recognised"
         return f"{count} ({before} as saved)" if again else count
     if not survival.recognised:
-        if not survival.recognised_unprotected:
+        if survival.photos_unprotected and not survival.recognised_unprotected:
             return "the face is not recognised, but neither is that of the unprotected photo"
-        return "the face is still not recognised" if again else "the face is not recognised"
+        still = again and not before
+        return "the face is still not recognised" if still else "the face is not recognised"
     if again and not before:
         return "the face is recognised again"
     return "the face is recognised"

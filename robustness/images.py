@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from robustness.files import write_whole
 from shields.errors import OutputError
 from shields.types import Image, Photo
 
-__all__ = ["ImageStore", "Stored", "digest_of", "key_of", "networks_of",
+__all__ = ["ImageStore", "Stored", "code_of", "digest_of", "key_of", "networks_of",
            "state_of", "weights_of"]  # fmt: skip
 
 
@@ -94,6 +95,16 @@ def networks_of(*holders: object) -> list[nn.Module]:
 def weights_of(*holders: object) -> tuple[str, ...]:
     """Hashes of all networks that some objects are or hold, whatever files they came from."""
     return tuple(sorted(map(state_of, networks_of(*holders))))
+
+
+def code_of(address: str) -> str:
+    """Hash of the file of a plug-in, `module:factory`; empty for what is none.
+
+    What that file imports is not looked at.
+    """
+    module = sys.modules.get(address.partition(":")[0]) if ":" in address else None
+    path = Path(getattr(module, "__file__", None) or "")
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def state_of(network: nn.Module) -> str:

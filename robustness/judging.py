@@ -45,7 +45,7 @@ class Context:
 
 
 def scene_of(context: Context, looks: Sequence[Look]) -> Scene:
-    """What is known of a batch of looks of one condition."""
+    """What is known of a batch of looks of one condition and description."""
     count = len(looks)
     return Scene(
         clean=context.clean.expand(count, -1, -1, -1),
@@ -57,16 +57,27 @@ def scene_of(context: Context, looks: Sequence[Look]) -> Scene:
 
 
 def measured(
-    looks: Sequence[Look], context: Context, tools: Tools
+    looks: Sequence[Look], clean: Stored, tools: Tools
 ) -> Iterator[tuple[int, float | None, str]]:
     """Give the place, the value and, where there is none, the reason of every look.
 
     A value is NaN where the metric says that it is not defined, None where it failed.
+
+    Args:
+        looks: Of one photo.
+        clean: That photo.
+        tools: What measures.
     """
+    try:
+        image = clean.image(tools.device)
+        context = Context(clean=image, landmarks=tools.landmarks(image, clean.digest))
+    except Exception as error:  # of the detector: no face is not the same as not knowing
+        yield from ((look.place, None, explain(error)) for look in looks)
+        return
     groups: dict[tuple[object, ...], list[Look]] = {}
     for look in looks:
         sizes = look.image.pixels.shape, look.other.pixels.shape
-        groups.setdefault((look.metric, look.condition, *sizes), []).append(look)
+        groups.setdefault((look.metric, look.condition, look.description, *sizes), []).append(look)
     for group in groups.values():
         try:
             measure, _ = tools.measure(group[0].metric)

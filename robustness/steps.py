@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from shields.models.manipulation import Editor, Manipulator, resized
 from shields.photo import READABLE
 from shields.types import Image
 
-__all__ = ["beside", "file_digest", "forge", "levels", "square"]
+__all__ = ["beside", "drawn", "file_digest", "forge", "levels", "square"]
 
 
 def file_digest(path: Path) -> str:
@@ -27,14 +28,29 @@ def file_digest(path: Path) -> str:
 
 
 def beside(folder: Path, photo: Path) -> Path:
-    """The file of a folder that is named as a photo; a file stands for itself."""
+    """The file of a folder that is named as a photo, never the photo; a file stands for itself."""
     if folder.is_file():
         return folder
-    for stem in (photo.stem, f"{photo.stem}-protected"):
-        for path in sorted(folder.glob(f"{stem}.*")):
-            if path.suffix.lower() in READABLE:
+    for stem in (f"{photo.stem}-protected", photo.stem):
+        for path in sorted(folder.glob(f"{escape(stem)}.*")):
+            # `a.*` is also `a.b.png`, of another photo.
+            named = path.stem == stem and path.suffix.lower() in READABLE
+            if named and path.resolve() != photo.resolve():
                 return path
     raise ImageError(f"there is no {photo.stem}.png, or of another format, in {folder}")
+
+
+def drawn(seed: int, photo: str) -> int:
+    """The seed with which a photo is handled, whatever protects it.
+
+    Photos must not share their draws, or an angle or a quality is drawn once for all of them; a
+    photo and its protected copies must.
+
+    Args:
+        seed: Of the suite.
+        photo: Digest of the clean photo.
+    """
+    return int(hashlib.sha256(f"{seed} {photo}".encode()).hexdigest()[:7], 16)
 
 
 def square(pixels: np.ndarray, size: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,7 @@ class Forging:
         if role not in {"", "manipulator", "autoencoder", "editor"}:
             hint = did_you_mean(role, ["manipulator", "autoencoder", "editor"])
             raise ConfigError(f"`role` of {values['name']} cannot be {role!r}; {hint}")
-        conditions = _texts(values.get("conditions", ()), "conditions")
+        conditions = _once(_texts(values.get("conditions", ()), "conditions"))
         texts = _mapping(values.get("descriptions", {}), f"`descriptions` of {values['name']}")
         _known(texts, conditions, f"`descriptions` of {values['name']}: the list of conditions")
         return cls(
@@ -130,6 +131,11 @@ class Forging:
             protectors=_texts(values.get("protectors", ()), "protectors"),
             role=role,
         )
+
+    @property
+    def asked(self) -> list[tuple[str, str]]:
+        """Name and condition of each of its forgeries; no condition stands for all."""
+        return [(self.name, condition) for condition in self.conditions or ("",)]
 
     def meets(self, protector: str) -> bool:
         """Whether it is run on photos of that protector."""
@@ -150,7 +156,7 @@ class Suite:
     size: int | None = None
     attacks: tuple[str, ...] = ("none",)
     manipulators: tuple[Forging, ...] = ()
-    #: of handling and forging, each repeated once per seed
+    #: of handling, where each photo draws for itself, and of forging; all is repeated for each
     seeds: tuple[int, ...] = (0,)
     metrics: tuple[str, ...] = ("psnr@photo", "ssim@photo")
     #: of the protectors, which work once
@@ -209,12 +215,18 @@ class Suite:
         return suite
 
     def files(self, out: Path) -> list[Path]:
-        """The photos, sorted, without those inside of `out`.
+        """The photos, sorted, without those inside of `out` and what was made of them.
 
         Raises:
-            ConfigError: A folder or file is missing, or holds no photo.
+            ConfigError: A folder or file is missing, or holds no photo; or files that are protected
+                already could belong to several photos.
         """
-        return [job.source for job in plan(self.photos, out)][: self.limit]
+        found = [job.source for job in plan(self.photos, out)]
+        # Results of `shields protect` lie beside their photos, and are none.
+        made = {path.with_name(f"{path.stem}-protected") for path in found}
+        files = [path for path in found if path.with_suffix("") not in made][: self.limit]
+        _check_files(files, self.protectors)
+        return files
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -307,11 +319,36 @@ def _check_labels(suite: Suite) -> None:
             raise ConfigError(
                 f"two protectors are called {label!r}; give each a `label` of its own"
             )
+    asked = Counter(pair for forging in suite.manipulators for pair in forging.asked)
+    for (name, condition), count in asked.items():
+        if count > 1 or (condition and (name, "") in asked):
+            raise ConfigError(
+                f"{name!r} is asked for {condition or 'all that it lists'!r} twice; list the "
+                "conditions of a manipulator in one entry"
+            )
     for forging in suite.manipulators:
         for label in forging.protectors:
             if label not in labels:
                 hint = did_you_mean(label, labels)
                 raise ConfigError(f"{forging.name} is for the protector {label!r}; {hint}")
+
+
+def _check_files(photos: Sequence[Path], protectors: Sequence[Protection]) -> None:
+    """Hold files that are protected already to one photo each."""
+    stems = Counter(photo.stem for photo in photos)
+    for protection in protectors:
+        folder = protection.folder
+        if folder is not None and folder.is_file() and len(photos) > 1:
+            raise ConfigError(
+                f"{protection.label!r} is one file, {folder}, and there are {len(photos)} photos; "
+                "name a folder of protected files, or one photo"
+            )
+        if folder is not None and stems and stems.most_common(1)[0][1] > 1:
+            stem, count = stems.most_common(1)[0]
+            raise ConfigError(
+                f"{count} photos are called {stem!r}, and files of {protection.label!r} are told "
+                "apart by their names; run them as suites of their own, or rename them"
+            )
 
 
 def _check_protection(
@@ -326,6 +363,11 @@ def _check_protection(
     for key, kind in (("robust", bool), ("preset", str), ("size", int)):
         if key in own and type(own[key]) is not kind:
             raise ConfigError(f"`{key}` of {label!r} must be a {kind.__name__}, got {own[key]!r}")
+    idle = [key for key in ("aware", "robust", "preset") if own.get(key)]
+    if not method and idle:
+        raise ConfigError(
+            f"{label!r} is a folder of files that are protected already: `{idle[0]}` means nothing"
+        )
     regions = get_args(RegionName)
     if own.get("region", "auto") not in regions:
         hint = did_you_mean(str(own["region"]), regions)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from robustness import handling, metrics, purifiers
 from robustness.handling import Handling
-from robustness.images import networks_of, state_of
-from robustness.metrics import Measure, SetMeasure
+from robustness.images import code_of, networks_of, state_of, weights_of
+from robustness.metrics import Facts, Measure, SetMeasure
 from robustness.purifiers import Purifier
 from robustness.purifiers.in_the_loop import against
 from robustness.suite import Forging, Protection
@@ -96,7 +96,7 @@ class Tools:
         """
         if digest not in self._landmarks:
             # The detector overlooks faces of a few dozen pixels.
-            factor = max(1, math.ceil(_DETECTED / min(image.shape[2:])))
+            factor = max(1, min(math.ceil(_DETECTED / min(image.shape[2:])), _DETECTED // 32))
             size = (image.shape[2] * factor, image.shape[3] * factor)
             faces = self.detector(resized(image, size))
             points = torch.full((1, 5, 2), math.nan)
@@ -190,17 +190,54 @@ class Tools:
 
     def settings_of(self, forging: Forging) -> dict[str, Any]:
         """What decides a forgery besides weights and condition."""
-        known = forging.name in self.store.names()
-        config = dict(self.store.card(forging.name).config) if known else {}
-        return {"name": forging.name, "config": config}
+        name, beside = forging.name, Path(forging.name).with_suffix(".toml")
+        card = None
+        if name in self.store.names():
+            card = self.store.card(name)
+        elif beside.is_file():
+            card = Card.read(beside)
+        address = (
+            card.architecture
+            if card is not None
+            else models.plugins("editor").get(name)
+            or (models.plugins("manipulator").get(name, name))
+        )
+        config = {} if card is None else dict(card.config)
+        return {"name": name, "config": config, "code": code_of(address)}
+
+    def marks_of(self, *holders: object) -> tuple[str, ...]:
+        """What tells the networks that some objects hold: their weights, and what cards add.
+
+        A card's settings and a recognizer's threshold change numbers and stand in no weights.
+        """
+        marks = [*weights_of(*holders)]
+        for network in networks_of(*holders):
+            for name in sorted({str(getattr(part, "name", "")) for part in network.modules()}):
+                if name in self._names:
+                    card = self.store.card(name)
+                    limits = [card.results.get(key) for key in ("threshold", "val_threshold")]
+                    facts = card.architecture, dict(card.config), limits
+                    marks.append(f"{name} {facts} {code_of(card.architecture)}")
+        return tuple(sorted(set(marks)))
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.store.names())
 
     def measure(self, text: str) -> tuple[Measure | SetMeasure, str]:
         """A metric and its pair."""
         return self._once(
             "measure",
             text,
-            build=lambda: metrics.load(text, store=self.store, device=self.device),
+            build=lambda: self._measure(text),
         )
+
+    def _measure(self, text: str) -> tuple[Measure | SetMeasure, str]:
+        measure, pair = metrics.load(text, store=self.store, device=self.device)
+        facts = measure.facts(pair)
+        if not isinstance(facts, Facts):  # of a plug-in
+            raise ConfigError(f"`facts` of {text!r} gave a {type(facts).__name__}, not `Facts`")
+        return measure, pair
 
     def about_sets(self, text: str) -> bool:
         """Whether a metric gives one number for all photos."""

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from robustness.files import write_whole
-from robustness.images import ImageStore, Stored, key_of, weights_of
-from robustness.judging import Context, Look, measured
+from robustness.images import ImageStore, Stored, code_of, key_of
+from robustness.judging import Look, measured
 from robustness.rows import Row
-from robustness.steps import beside, file_digest, forge, levels, square
+from robustness.steps import beside, drawn, file_digest, forge, levels, square
 from robustness.suite import Forging, Protection, Suite
 from robustness.tools import CellError, Tools, explain, tools_for
 from shields.errors import ConfigError, ImageError
@@ -51,6 +51,8 @@ class Unit:
     images: Path
     weights_dir: Path | None = None
     device: str = "cpu"
+    #: why nobody can work on it, which all its rows then say
+    problem: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +117,13 @@ class _Work:
 
     def run(self, on_attack: OnAttack | None) -> Outcome:
         """All cells, or what is known of them from before."""
-        kept = self._kept()
+        kept = None if self.unit.problem else self._kept()
         if kept is not None and (known := _recall(kept)) is not None:
             return known
         turns = [(attack, seed) for attack in self.suite.attacks for seed in self.suite.seeds]
         try:
+            if self.unit.problem:
+                raise CellError(self.unit.problem)
             self.clean = self._clean()
             self.protected = self._protected()
         except Exception as error:  # a photo, or a protector, that cannot be used
@@ -166,8 +170,11 @@ class _Work:
         settings = {
             "suite": suite.digest, "name": unit.name, "protection": unit.protection.to_dict(),
             "forgings": [self.tools.settings_of(forging) for forging in self.forgings],
+            "code": [code_of(metric.rpartition("@")[0]) for metric in suite.metrics],
         }  # fmt: skip
-        key = key_of("unit", files, settings=settings, weights=weights_of(*parts), seed=suite.seed)
+        key = key_of(
+            "unit", files, settings=settings, weights=self.tools.marks_of(*parts), seed=suite.seed
+        )
         return unit.images / "units" / f"{key}.json"
 
     # --- images ----------------------------------------------------------------------------------
@@ -195,7 +202,7 @@ class _Work:
         }  # fmt: skip
         key = key_of(
             "protect", [self.clean.digest], settings=settings,
-            weights=weights_of(shield.protector), seed=suite.seed,
+            weights=self.tools.marks_of(shield.protector), seed=suite.seed,
         )  # fmt: skip
         photo = Photo(pixels=self.clean.pixels, path=self.unit.photo)
         return self.store.make(key, lambda: shield.protect(photo).pixels)
@@ -215,10 +222,10 @@ class _Work:
     def _handled(self, image: Stored, attack: str, seed: int) -> Stored:
         if attack == "none":
             return image
-        handling = self.tools.handling(attack)
+        handling, seed = self.tools.handling(attack), drawn(seed, self.clean.digest)
         key = key_of(
             "handle", [image.digest], settings={"text": str(handling)},
-            weights=weights_of(handling), seed=seed,
+            weights=self.tools.marks_of(handling), seed=seed,
         )  # fmt: skip
         return self.store.make(key, lambda: handling.apply(image.pixels, seed=seed))
 
@@ -233,7 +240,7 @@ class _Work:
         key = key_of(
             "forge", [image.digest],
             settings={**self.tools.settings_of(forging), "condition": cell.condition},
-            weights=weights_of(forger), seed=cell.seed if sampled else None,
+            weights=self.tools.marks_of(forger), seed=cell.seed if sampled else None,
         )  # fmt: skip
         device = self.tools.device
         return self.store.make(
@@ -290,7 +297,11 @@ class _Work:
         self, cell: Cell, pairs: Sequence[str], image: Stored, others: Mapping[str, Stored]
     ) -> None:
         """Ask for the metrics of some pairs; they are computed together, later."""
-        described = {f.name: dict(f.descriptions) for f in self.suite.manipulators}
+        described = {
+            (forging.name, prompt): text
+            for forging in self.suite.manipulators
+            for prompt, text in forging.descriptions
+        }
         for metric in self._metrics(pairs):
             other = others[metric.rpartition("@")[2]]
             if self.tools.about_sets(metric):
@@ -299,7 +310,7 @@ class _Work:
                 continue
             look = Look(
                 place=self.place, metric=metric, condition=cell.condition, image=image, other=other,
-                description=described.get(cell.manipulator, {}).get(cell.condition, ""),
+                description=described.get((cell.manipulator, cell.condition), ""),
             )  # fmt: skip
             self.looks.append(look)
             self._add(cell, metric, seconds=image.seconds)
@@ -311,9 +322,7 @@ class _Work:
         """Compute what was asked for, and let go of the images."""
         if not self.looks:
             return
-        image = self.clean.image(self.tools.device)
-        context = Context(clean=image, landmarks=self.tools.landmarks(image, self.clean.digest))
-        for place, value, error in measured(self.looks, context, self.tools):
+        for place, value, error in measured(self.looks, self.clean, self.tools):
             self.whole &= value is not None
             number = None if value is None or math.isnan(value) else value
             self.rows[place] = dataclasses.replace(self.rows[place], value=number, error=error)

@@ -12,7 +12,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ from shields.errors import OutputError, ShieldsError
 from shields.folders import Job, check_writable
 from shields.photo import read, write
 from shields.sheet import write_sheet
+from shields.spread import Workers, spread
 from shields.types import Progress
 from shields.verify import Report, verify
 
@@ -36,6 +37,7 @@ __all__ = [
     "Writing",
     "find_record",
     "made_from",
+    "process_all",
 ]
 
 MANIFEST = ".shields.jsonl"
@@ -269,6 +271,39 @@ class Batch:
                 f"{path} exists and was not made by this command; "
                 "move it, choose another --out, or pass --overwrite"
             )
+
+
+def process_all(
+    make: Callable[[], Batch], jobs: Sequence[Job], workers: Workers
+) -> Iterator[Outcome]:
+    """Protect photos by several processes; outcomes come in the order of the jobs.
+
+    Args:
+        make: Builds the batch of a process; can be pickled.
+        jobs: What there is to do.
+        workers: The processes.
+
+    Raises:
+        ShieldsError: The processes cannot be had, or cannot build their batch.
+    """
+    return spread(_Elsewhere(make), jobs, workers, lost=_lost)
+
+
+class _Elsewhere:
+    """A batch that is built in the process which works with it, once."""
+
+    def __init__(self, make: Callable[[], Batch]) -> None:
+        self._make = make
+        self._batch: Batch | None = None
+
+    def __call__(self, job: Job) -> Outcome:
+        if self._batch is None:
+            self._batch = self._make()
+        return self._batch.process(job)
+
+
+def _lost(job: Job, reason: str) -> Outcome:
+    return Outcome(job=job, status="failed", error=reason)
 
 
 def _judge(report: Report) -> str | None:

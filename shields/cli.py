@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import shields
-from shields import cli_models
+from shields import cli_models, cli_spread
 from shields.cli_common import AsJson, Format, Region, WeightsDir, errors, warn
 
 __all__ = ["app", "main"]
@@ -269,6 +269,10 @@ def protect(
         str,
         typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=_MACHINE),
     ] = "auto",
+    engine: cli_spread.EngineName = cli_spread.Engine.serial,
+    workers: cli_spread.WorkerCount = None,
+    gpus_per_worker: cli_spread.GpusPerWorker = None,
+    ray_address: cli_spread.RayAddress = None,
     as_json: AsJson = False,
     quiet: Annotated[
         bool,
@@ -318,7 +322,8 @@ def protect(
         quiet=quiet,
     )
     with errors(as_json=as_json):
-        code = cli_protect.run(request)
+        team = cli_spread.workers_of(engine, workers, gpus_per_worker, ray_address, device)
+        code = cli_protect.run(request, team)
     raise typer.Exit(code)
 
 

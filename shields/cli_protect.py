@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from rich.progress import (
 )
 
 import shields
-from shields.batch import Batch, Outcome, Writing, made_from
+from shields.batch import Batch, Outcome, Writing, made_from, process_all
 from shields.cli_common import fail, out, plain, progress_console, say, store_at, warn, write_json
 from shields.cli_verify import lpips, rows, table
 from shields.errors import ConfigError, OutputError
@@ -31,6 +33,7 @@ from shields.protectors import PROTECTORS
 from shields.protectors.base import Protector, ProtectorConfig
 from shields.registry import did_you_mean
 from shields.shield import RegionMode, Shield, choose_device
+from shields.spread import Workers
 
 if TYPE_CHECKING:
     from shields.types import Progress as OnStep
@@ -177,14 +180,8 @@ def _networks(protector: Protector) -> dict[str, str]:
     }
 
 
-def run(request: Request) -> int:
-    """Protect everything and return the exit status.
-
-    Raises:
-        ShieldsError: The request cannot be met as it stands; no photo was touched.
-    """
-    began = time.perf_counter()
-    suffix = _format(request)
+def _batch(request: Request, jobs: Sequence[Job]) -> Batch:
+    """Load all that a request needs."""
     config = configure(
         request.method,
         preset=request.preset,
@@ -194,13 +191,8 @@ def run(request: Request) -> int:
         robust=request.robust,
         stealth=request.stealth,
     )
-    jobs = plan(request.photos, request.out, suffix=suffix, made_from=made_from)
     store = store_at(request.weights_dir)
     shield = _shield(request, config, store)
-    _check_places(request, jobs)
-    if not request.quiet:
-        for text in _warnings(config, suffix, request):
-            warn(text)
     settings: dict[str, Any] = {
         "method": request.method,
         "preset": request.preset,
@@ -209,12 +201,12 @@ def run(request: Request) -> int:
         "seed": request.seed,
         "region": request.region,
         "size": request.size,
-        "format": suffix,
+        "format": _format(request),
         "quality": request.quality,
         "keep_metadata": request.keep_metadata,
     }
     perceptual, no_lpips = lpips(store, shield.device)
-    batch = Batch(
+    return Batch(
         shield,
         run=settings,
         writing=Writing(
@@ -228,7 +220,31 @@ def run(request: Request) -> int:
         perceptual=perceptual,
         lpips_missing=no_lpips,
     )
-    outcomes, interrupted = _work(batch, jobs, request)
+
+
+def run(request: Request, workers: Workers | None = None) -> int:
+    """Protect everything and return the exit status.
+
+    Args:
+        request: What is to be done.
+        workers: Who does it; this process where left out.
+
+    Raises:
+        ShieldsError: The request cannot be met as it stands; no photo was touched.
+    """
+    began = time.perf_counter()
+    suffix = _format(request)
+    jobs = plan(request.photos, request.out, suffix=suffix, made_from=made_from)
+    batch = _batch(request, jobs)
+    _check_places(request, jobs)
+    if not request.quiet:
+        for text in _warnings(batch.shield.protector.config, suffix, request):
+            warn(text)
+    device = str(batch.shield.device)
+    if workers is not None:
+        device = workers.device(device)
+        request = dataclasses.replace(request, device=device)
+    outcomes, interrupted = _work(batch, jobs, request, workers)
     counts = Counter(outcome.status for outcome in outcomes)
     summary = {
         **{status: counts[status] for status in ("protected", "skipped", "failed")},
@@ -238,8 +254,8 @@ def run(request: Request) -> int:
     }
     document = {
         "shields": shields.__version__,
-        "device": str(shield.device),
-        "run": settings,
+        "device": device,
+        "run": batch.run,
         "photos": [outcome.to_dict() for outcome in outcomes],
         "summary": summary,
     }
@@ -281,18 +297,30 @@ def _write_report(path: Path, document: dict[str, Any]) -> None:
         part.unlink(missing_ok=True)
 
 
-def _work(batch: Batch, jobs: Sequence[Job], request: Request) -> tuple[list[Outcome], bool]:
+def _outcomes(
+    batch: Batch, jobs: Sequence[Job], request: Request, workers: Workers | None, bars: _Bars
+) -> Iterator[Outcome]:
+    """One photo after another, here or elsewhere."""
+    if workers is not None:
+        yield from process_all(partial(_batch, request, jobs), jobs, workers)
+        return
+    for job in jobs:
+        yield batch.process(job, bars.photo(job.source))
+
+
+def _work(
+    batch: Batch, jobs: Sequence[Job], request: Request, workers: Workers | None
+) -> tuple[list[Outcome], bool]:
     """Go through the jobs; on Ctrl-C say where things stand and how to go on."""
     outcomes: list[Outcome] = []
     talk = not (request.quiet or request.as_json)
     with _bars(len(jobs), hidden=request.quiet) as bars:
         try:
-            for job in jobs:
-                outcome = batch.process(job, bars.photo(job.source))
+            for outcome in _outcomes(batch, jobs, request, workers, bars):
                 outcomes.append(outcome)
                 bars.done()
                 if outcome.status == "failed":
-                    fail(f"{job.source}: {outcome.error}")
+                    fail(f"{outcome.job.source}: {outcome.error}")
                 elif talk and len(jobs) > 1:
                     say(_line(outcome))
         except KeyboardInterrupt:

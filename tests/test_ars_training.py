@@ -243,6 +243,15 @@ class TestTraining:
                  if not torch.equal(value, before[name])}  # fmt: skip
         assert moved == {"basic"}
 
+    def test_rates_fall_where_steps_are_limited_and_two_optimizers_take_them(
+        self, packed: Path, tmp_path: Path
+    ) -> None:
+        run = trainer(tmp_path, max_epochs=None, max_steps=8, limit_val_batches=0)
+        run.fit(small(), packs(packed, 9))
+        assert run.fit_loop.epoch_loop.batch_progress.total.processed == 4
+        # The last step begins when seven of eight are over.
+        assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 2 / 8)
+
     def test_stop_and_resume_equals_going_through(self, packed: Path, tmp_path: Path) -> None:
         settings = {"extra": ("jpeg:50..95",), "per_step": 1, "head_start": 1}
         through = small(**settings)
@@ -285,6 +294,11 @@ class TestValidation:
         assert found["val_success_small-gan"] == pytest.approx(float((gan > 0.05).float().mean()))
         both = (found["val_success"] + found["val_success_handled"]) / 2
         torch.testing.assert_close(found["val_success_mean"], both)
+
+    def test_the_card_names_the_budget_that_was_measured(self, packed: Path) -> None:
+        module = small(levels=16, budgets=(4, 16), validation_levels=12.75, validation_size=24)
+        assert "at 24 pixels and 12.75 levels" in module.CARD["data"]
+        assert "at 16 pixels and 16 levels" in small(levels=16).CARD["data"]
 
     def test_the_sheet_reaches_tensorboard(self, packed: Path, tmp_path: Path) -> None:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

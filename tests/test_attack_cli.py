@@ -174,6 +174,18 @@ def test_sentences_follow_the_threshold() -> None:
     ]
 
 
+def test_sentences_claim_no_more_than_was_measured() -> None:
+    (lost,) = (row for row in pair("none", "cr", None, None) if row.metric.startswith("recog"))
+    rows = [*pair("none", "none", 0.9, 1), *pair("none", "jpeg:75", 0.85, 1), lost,
+            *pair("mine", "none", 0.6, 1), *pair("mine", "jpeg:75", 0.2, 0),
+            *pair("mine", "cr", 0.1, 0)]  # fmt: skip
+    assert sentences(survivals(rows)) == [
+        "As saved, the face is recognised (likeness 0.60).",
+        "After saving as JPEG 75, the face is not recognised (likeness 0.20).",
+        "After JPEG and a half-size share, the face is not recognised (likeness 0.10).",
+    ]
+
+
 def test_what_could_not_be_measured_is_said() -> None:
     lost = Row(photo="a.png", protector="mine", attack="none", manipulator="ae", condition="",
                seed=0, metric="recognised:net@source", value=None, error="no face")  # fmt: skip

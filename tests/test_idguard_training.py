@@ -185,6 +185,8 @@ def test_what_is_exported_loads_and_perturbs_alike(
         ({"terms": {"masc": 1}}, "no term is called masc"),
         ({"preset": "papers"}, "no preset"),
         ({"size": 30}, "multiple of 4"),
+        ({"conditions": {"small-stargam": ["smiling"]}}, "did you mean small-stargan"),
+        ({"conditions": {"small-ae": []}}, "are empty"),
     ],
 )
 def test_settings_are_checked(

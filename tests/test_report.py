@@ -248,23 +248,24 @@ def changed(values: dict[str, list[float]], attack: str = "none") -> list[Row]:
 @pytest.mark.parametrize(
     ("own", "verdict"),
     [
-        ([0.5, 0.6, 0.7, 0.6], "holds"),
-        ([0.1, 0.3, 0.1, 0.3], "not shown"),
-        ([0.0, 0.1, 0.0, 0.1], "harms"),
+        ([0.5, 0.6, 0.7, 0.6, 0.6], "holds"),
+        ([0.1, 0.3, 0.1, 0.3, 0.2], "not shown"),
+        ([0.0, 0.1, 0.0, 0.1, 0.0], "harms"),
+        ([0.6, 0.7, 0.6, 0.7], "unknown"),
         ([0.9], "unknown"),
     ],
 )
 def test_a_protection_holds_only_if_the_interval_of_its_change_excludes_nothing(
     own: list[float], verdict: str
 ) -> None:
-    rows = changed({"none": [0.2, 0.2, 0.2, 0.2], "A": own})
+    rows = changed({"none": [0.2, 0.2, 0.2, 0.2, 0.2], "A": own})
     results = Results(reporting.run(metrics={"x@edits": {"higher": True}}), rows)
     assert results.verdict(View(metric="x@edits", manipulator="m"), "A", "none") == verdict
 
 
 def test_what_is_left_is_the_share_of_the_unhandled_change() -> None:
-    rows = changed({"none": [0.2, 0.2], "A": [0.6, 0.6]})
-    rows += changed({"none": [0.3, 0.3], "A": [0.4, 0.4]}, "jpeg:75")
+    rows = changed({"none": [0.2] * 5, "A": [0.6] * 5})
+    rows += changed({"none": [0.3] * 5, "A": [0.4] * 5}, "jpeg:75")
     results = Results(reporting.run(metrics={"x@edits": {"higher": True}}), rows)
     left = results.left(View(metric="x@edits", manipulator="m"), "A", "jpeg:75")
     assert left == pytest.approx(0.25)
@@ -272,7 +273,7 @@ def test_what_is_left_is_the_share_of_the_unhandled_change() -> None:
 
 
 def test_an_infinite_psnr_of_untouched_edits_does_not_hide_a_protection() -> None:
-    rows = changed({"none": [math.inf, math.inf], "A": [15.0, 16.0]})
+    rows = changed({"none": [math.inf] * 6, "A": [15.0, 16.0] * 3})
     results = Results(reporting.run(metrics={"x@edits": {"higher": False}}), rows)
     view = View(metric="x@edits", manipulator="m")
     assert results.verdict(view, "A", "none") == "holds"
@@ -290,6 +291,30 @@ def test_one_photo_allows_no_claim() -> None:
     text = " ".join(overall(results))
     assert "One photo allows no statement" in text
     assert "Hardest" not in text
+
+
+def test_the_words_say_who_was_made_with_the_judge() -> None:
+    entries = [
+        {"label": "none", "method": ""}, {"label": "gone", "method": "nobody"},
+        {"label": "FaceLock 8", "method": "facelock", "networks": {"recognizer": "mobilefacenet"}},
+        {"label": "ID-Guard", "method": "facelock"},
+    ]  # fmt: skip
+    run = reporting.run(settings={"protectors": entries})
+    said = " ".join(overall(Results(run, reporting.rows())))
+    both = "mobilefacenet, which judges here and portrait-ae, which forges here"
+    assert f"FaceLock 8 was made against {both}: " in said
+    assert "ID-Guard was made against portrait-ae, which forges here: " in said
+    assert said.count("was made against") == 2
+
+
+@pytest.mark.parametrize(
+    "attacks",
+    [["screenshot:0.9", "screenshot:0.5"], ["facebook:2048", "facebook:512"],
+     ["tip-rsr:blend=0.4", "tip-rsr:blend=0.1"], ["rotate:5", "rotate:20"]],
+)  # fmt: skip
+def test_what_keeps_more_of_the_photo_is_gentler(attacks: list[str]) -> None:
+    (family,) = families(attacks[::-1])
+    assert [attack for _, attack in family.levels] == attacks
 
 
 def test_families_run_from_gentle_to_strong() -> None:
@@ -319,6 +344,19 @@ def test_pictures_that_do_not_fit_are_counted(tmp_path: Path) -> None:
     assert 0 < some.shown < 100
     assert some.shown + some.left_out == 100
     assert sum(sizes) <= 20_000
+
+
+def test_pictures_of_the_first_seed_are_shown_whatever_it_is(tmp_path: Path) -> None:
+    reporting.pictures(tmp_path, photos=1, side=16)
+    entries = json.loads((tmp_path / "pictures.json").read_text())
+    forged = [entry for entry in entries if entry["kind"] not in {"clean", "protected"}]
+    for entry in forged:
+        entry["seed"] = 3
+    again = [{**entry, "seed": 7} for entry in forged]
+    (tmp_path / "pictures.json").write_text(json.dumps([*entries, *again]))
+    album = pictures.load(tmp_path, reporting.ATTACKS)
+    assert album.shown == len(entries)
+    assert album.left_out == len(again)
 
 
 def test_broken_pictures_and_those_outside_of_the_run_are_left_out(tmp_path: Path) -> None:

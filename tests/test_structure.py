@@ -44,9 +44,9 @@ LAYERS = (
     {"metrics", "pgd"},
     {"protectors"},
     {"shield", "verify"},
-    {"folders", "sheet"},
+    {"folders", "sheet", "spread"},
     {"batch"},
-    {"cli", "cli_check", "cli_common", "cli_models", "cli_protect", "cli_verify"},
+    {"cli", "cli_check", "cli_common", "cli_models", "cli_protect", "cli_spread", "cli_verify"},
 )
 
 

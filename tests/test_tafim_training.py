@@ -120,6 +120,26 @@ class TestTraining:
             moved = max(float((view - face).detach().abs().max()) for view in views.values())
             assert 12.7 / 255 < moved < most
 
+    def test_noise_that_is_cut_off_starts_where_it_has_a_gradient(self, packed: Path) -> None:
+        module = small(clipped=True)
+        assert torch.equal(module.averaged.noise, module.generator.noise)
+        module.views(torch.full((1, 3, 16, 16), 0.5), rng())["noise"].sum().backward()
+        assert (module.generator.noise.grad != 0).all()
+
+    def test_a_checkpoint_in_the_middle_holds_the_averages_of_its_step(
+        self, packed: Path, tmp_path: Path
+    ) -> None:
+        keep = pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2)
+        through = small()
+        run = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[keep])
+        run.fit(through, baselines.packs(packed, 3))
+        resumed = small()
+        trainer(tmp_path / "resumed", max_epochs=1, limit_val_batches=0).fit(
+            resumed, baselines.packs(packed, 3), ckpt_path=tmp_path / "step=2.ckpt"
+        )
+        for name, value in through.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[name]), name
+
     def test_one_batch_of_everything(self, packed: Path, tmp_path: Path) -> None:
         run = trainer(tmp_path, fast_dev_run=True, callbacks=[])
         run.fit(small(), baselines.packs(packed, 1))

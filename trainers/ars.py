@@ -37,10 +37,23 @@ from shields.transforms import CompressResize, parse
 from shields.types import Image, Perturbation
 from shields.weights import WeightStore
 from trainers.ars_perturbation import PAPER, AdvNet, PerturbationModule
-from trainers.ars_targets import Likeness, Task, distance, goals_of, gradient_of
+from trainers.ars_targets import (
+    Likeness,
+    Task,
+    conditions_of,
+    distance,
+    goals_of,
+    gradient_of,
+)
 from trainers.averaging import follow
 from trainers.data import batches_done
-from trainers.disruption_measure import as_saved, disruption, show_tasks, whole_faces
+from trainers.disruption_measure import (
+    as_saved,
+    disruption,
+    share_done,
+    show_tasks,
+    whole_faces,
+)
 from trainers.idguard_faces import cut_faces, plain_name
 
 __all__ = ["VARIANTS", "ArsTraining", "Plan"]
@@ -167,7 +180,7 @@ class ArsTraining(pl.LightningModule):
         # A list hides the manipulators from checkpoints and from the optimizers.
         store = WeightStore()
         self._manipulators = [load_manipulator(name, store) for name in manipulators]
-        self._asked = {name: list(names) for name, names in (conditions or {}).items()}
+        asked = conditions_of(self._manipulators, conditions or {})
         goals = goals_of(self._manipulators, targets or {})
         self._judges: list[Recognizer] = [
             load("recognizer", name, store=store, device=torch.device("cpu"))
@@ -177,8 +190,8 @@ class ArsTraining(pl.LightningModule):
         self._likeness = Likeness(recognizers=learned, weight=identity) if learned else None
         self._tasks = [
             [Task(manipulator=network, condition=name, goal=goals[network.name], margin=margin)
-             for name in self._asked.get(network.name, network.conditions)]
-            for network in self._manipulators
+             for name in names]
+            for network, names in zip(self._manipulators, asked, strict=True)
         ]  # fmt: skip
 
     @property
@@ -227,6 +240,8 @@ class ArsTraining(pl.LightningModule):
                 self._step("a", self.adversary_terms(tasks, protected, clean), optimizers[1])
             terms |= self.robust_terms(tasks, protected, final * epsilon, clean, alike)
         self._step("g", terms, optimizers[0])
+        # Here and not in a hook: callbacks may save a checkpoint before the module's hook runs.
+        follow(self.averaged, self.generator, done=self.batches_done + 1, most=self.average)
 
     def basic_terms(
         self, tasks: Sequence[Task], face: Image, basic: Perturbation,
@@ -279,15 +294,11 @@ class ArsTraining(pl.LightningModule):
     def _step(self, player: str, terms: dict[str, Tensor], optimizer: Any) -> None:  # noqa: ANN401
         optimizer.zero_grad()
         self.manual_backward(torch.stack(list(terms.values())).sum())
-        share = self.batches_done / max(1.0, float(self.trainer.estimated_stepping_batches))
+        share = share_done(self.trainer)
         for group in optimizer.param_groups:
             group["lr"] = self.rate * min(1.0, max(0.02, 2 * (1 - share)))
         optimizer.step()
         self.log_dict({f"{player}_{name}": value.detach() for name, value in terms.items()})
-
-    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
-        """Move the averaged weights; early on they follow faster."""
-        follow(self.averaged, self.generator, done=self.batches_done, most=self.average)
 
     @torch.no_grad()
     def protect(self, face: Image, levels: float) -> Image:
@@ -333,13 +344,14 @@ class ArsTraining(pl.LightningModule):
         """What the card says beside what is measured."""
         names = ", ".join(network.name for network in self._manipulators)
         side = int(self.hparams["validation_size"]) or self.size
+        levels = float(self.hparams["validation_levels"]) or self.levels
         return {
             "role": "generator",
             "architecture": "ars",
             "summary": f"ARS ({self.hparams['variant']}), trained against {names}.",
             "licence": "Apache-2.0; trained on LFW (research use)",
             "data": "the packs that the recipe names; a tenth of the people, chosen by a hash of "
-            f"the name, is held out; results on them at {side} pixels and {self.levels:g} levels",
+            f"the name, is held out; results on them at {side} pixels and {levels:g} levels",
             "teacher": "",
         }
 

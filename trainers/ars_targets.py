@@ -16,7 +16,7 @@ from shields.models.manipulation import Manipulator
 from shields.registry import did_you_mean
 from shields.types import Image
 
-__all__ = ["Goal", "Likeness", "Task", "distance", "goals_of", "gradient_of"]
+__all__ = ["Goal", "Likeness", "Task", "conditions_of", "distance", "goals_of", "gradient_of"]
 
 Goal = Literal["white", "black", "grey", "negative", "away"]
 
@@ -35,6 +35,28 @@ def goals_of(manipulators: Sequence[Manipulator], wanted: Mapping[str, str]) -> 
             )
     return {name: next((g for g in get_args(Goal) if g == wanted.get(name)), "white")
             for name in names}  # fmt: skip
+
+
+def conditions_of(
+    manipulators: Sequence[Manipulator], wanted: Mapping[str, Sequence[str]]
+) -> list[list[str]]:
+    """Say what each manipulator is asked for by turns: all that it can do where nothing is wanted.
+
+    Raises:
+        ConfigError: A name that none of them has, or an empty list.
+        UnknownName: A condition that the manipulator does not have.
+    """
+    known = [manipulator.name for manipulator in manipulators]
+    for name, asked in wanted.items():
+        if name not in known:
+            raise ConfigError(f"conditions are given for {name!r}; {did_you_mean(name, known)}")
+        if not asked:
+            raise ConfigError(f"the conditions of {name!r} are empty; name one, or leave it out")
+    found = [list(wanted.get(each.name, each.conditions)) for each in manipulators]
+    for manipulator, asked in zip(manipulators, found, strict=True):
+        for condition in asked:
+            manipulator.condition(condition)
+    return found
 
 
 def distance(image: Image, reference: Image) -> Tensor:

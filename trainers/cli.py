@@ -112,7 +112,9 @@ def _export(name: str) -> Callable[..., None]:
         folder: Annotated[Path, typer.Option("--to", help="Where to write.")] = Path("checkpoints"),
         recipe: Annotated[
             Path | None,
-            typer.Option(help="Its config; trainers/configs/NAME.yaml where left out."),
+            typer.Option(
+                exists=True, help="Its config; trainers/configs/NAME.yaml where left out."
+            ),
         ] = None,
         remarks: Annotated[str, typer.Option(help="What the card shall say beside.")] = "",
         called: Annotated[

@@ -18,18 +18,17 @@ from torch import Tensor
 from shields.budget import Budget
 from shields.errors import ConfigError
 from shields.models.round_trip import load_manipulator
-from shields.registry import did_you_mean
 from shields.transforms import CompressResize
 from shields.types import Image, Perturbation
 from shields.weights import WeightStore
-from trainers.ars_targets import Task, distance, goals_of
+from trainers.ars_targets import Task, conditions_of, distance, goals_of
 from trainers.averaging import follow
 from trainers.data import batches_done
 from trainers.idguard_faces import cut_faces, plain_name
 from trainers.scheme import resized
 from trainers.sheets import show_sheets
 
-__all__ = ["SUCCESS", "DisruptionTraining", "as_saved", "disruption", "show_tasks",
+__all__ = ["SUCCESS", "DisruptionTraining", "as_saved", "disruption", "share_done", "show_tasks",
            "whole_faces"]  # fmt: skip
 
 Objective = Callable[[Image], Tensor]
@@ -99,6 +98,12 @@ def _distances(
     return values
 
 
+def share_done(trainer: pl.Trainer) -> float:
+    """How much of a training is over, 0 to 1; `max_steps` counts the steps of each optimizer."""
+    share = batches_done(trainer) / max(1.0, float(trainer.estimated_stepping_batches))
+    return max(share, trainer.global_step / trainer.max_steps) if trainer.max_steps > 0 else share
+
+
 def show_tasks(
     module: pl.LightningModule, tasks: Sequence[Sequence[Task]], pair: tuple[Image, Image]
 ) -> None:
@@ -145,16 +150,12 @@ class DisruptionTraining(pl.LightningModule):
         # A list hides the manipulators from checkpoints and from the optimizers.
         store = WeightStore()
         self._manipulators = [load_manipulator(name, store) for name in manipulators]
-        goals, asked = goals_of(self._manipulators, targets or {}), dict(conditions or {})
-        for name in asked:
-            if name not in goals:
-                hint = did_you_mean(name, goals)
-                raise ConfigError(f"conditions are given for {name!r}; {hint}")
+        goals = goals_of(self._manipulators, targets or {})
+        asked = conditions_of(self._manipulators, conditions or {})
         self._tasks = [
-            [Task(manipulator=network, condition=name, goal=goals[network.name])
-             for name in asked.get(network.name, network.conditions)]
-            for network in self._manipulators
-        ]  # fmt: skip
+            [Task(manipulator=network, condition=name, goal=goals[network.name]) for name in names]
+            for network, names in zip(self._manipulators, asked, strict=True)
+        ]
 
     @abstractmethod
     def perturbation(self, face: Image) -> Perturbation:
@@ -189,17 +190,16 @@ class DisruptionTraining(pl.LightningModule):
         """Minimise the terms' sum by one step, and log them; rates may fall in the second half."""
         optimizer.zero_grad()
         self.manual_backward(torch.stack(list(terms.values())).sum())
-        share = self.batches_done / max(1.0, float(self.trainer.estimated_stepping_batches))
+        share = share_done(self.trainer)
         for group in optimizer.param_groups:
             part = min(1.0, max(0.02, 2 * (1 - share))) if falling else 1.0
             group["lr"] = group["peak"] * part
         optimizer.step()
         self.log_dict({name: value.detach() for name, value in terms.items()})
 
-    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
-        """Move the averaged weights, where there are any; early on they follow faster."""
-        if self.average:
-            follow(self.averaged, self.generator, done=self.batches_done, most=self.average)
+    def follow(self) -> None:
+        """Move the averaged weights; last in a step: a checkpoint may be saved right behind it."""
+        follow(self.averaged, self.generator, done=self.batches_done + 1, most=self.average)
 
     @torch.no_grad()
     def protect(self, face: Image) -> Image:

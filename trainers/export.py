@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -40,9 +44,7 @@ class Recipe:
 
 def _toml(value: object) -> str:
     """Write a scalar or a list as TOML; JSON's strings, numbers and lists are TOML's."""
-    if isinstance(value, float):
-        return repr(round(value, 4))
-    return json.dumps(value, ensure_ascii=False)
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
 def export(
@@ -72,10 +74,13 @@ def export(
         name: (value.half() if value.is_floating_point() else value).contiguous().cpu()
         for name, value in state.items()
     }
+    aside = weights.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(half, weights)
+        save_file(half, aside)
+        aside.replace(weights)
     except OSError as error:
+        aside.unlink(missing_ok=True)
         raise OutputError(f"cannot write {weights}: {error}") from error
     fields = {
         "name": recipe.name,
@@ -98,13 +103,18 @@ def export(
         "steps": recipe.steps,
         "hardware": hardware(),
     }
-    measured = {name.removeprefix("val_"): value for name, value in results.items()}
+    measured = {name.removeprefix("val_"): round(value, 4) for name, value in results.items()}
     tables = {"config": config, "training": training, "results": measured}
     lines = [f"{key} = {_toml(value)}" for key, value in fields.items()]
     for title, table in tables.items():
         lines += ["", f"[{title}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
     card = folder / f"{recipe.name}.toml"
-    card.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    try:
+        aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        aside.replace(card)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {card}: {error}") from error
     return card
 
 
@@ -140,13 +150,14 @@ def export_checkpoint(
         for value in module.state_dict().values():
             if value.is_floating_point():
                 value.copy_(value.half())
-    trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="auto")
+    # One device: several would each measure a part of the people, and each write.
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, devices=1)
     held_out = FacePacks([pack], attributes=tuple(module.hparams.get("attributes", ())))
     (results,) = trainer.validate(module, held_out, verbose=False)
     state, config = module.export()
     facts = Recipe(
         name=called or name,
-        command=f"shields train {name} fit --config {recipe.as_posix()}",
+        command=_command(name, recipe, kind, module.hparams),
         seed=int(module.seed),
         steps=_batches(checkpoint),
         remarks=remarks,
@@ -156,6 +167,31 @@ def export_checkpoint(
     if hasattr(module, "measure"):  # what can be measured on the shipped file alone
         card = export(state, config, facts, {**results, **module.measure(card, pack)}, folder)
     return card
+
+
+def _command(name: str, recipe: Path, kind: type, settings: Mapping[str, Any]) -> str:
+    """The command that trains it: the recipe, and what was set otherwise than it says."""
+    written: dict[str, Any] = {}
+    if recipe.is_file():
+        written = (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("model") or {}
+    words = ["shields", "train", name, "fit"]
+    words += ["--config", recipe.as_posix()] if recipe.is_file() else []
+    for key, parameter in inspect.signature(kind).parameters.items():
+        expected = _plain(written.get(key, parameter.default))
+        if key in settings and _plain(settings[key]) != expected:
+            words += [f"--model.{key}", json.dumps(_plain(settings[key]))]
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401  whatever a constructor takes
+    """A setting as a recipe would hold it: lists for tuples, text for paths."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return value.as_posix()
+    return value
 
 
 def _batches(checkpoint: Path) -> int:

@@ -28,7 +28,9 @@ from shields.models.round_trip import load_manipulator
 from shields.transforms import Jpeg, parse
 from shields.types import Image, Perturbation
 from shields.weights import Card, WeightStore, build, load_strictly, read_state_dict
+from trainers.ars_targets import conditions_of
 from trainers.data import batches_done
+from trainers.disruption_measure import as_saved
 from trainers.idguard_faces import cut_faces, plain_name
 from trainers.scheme import resized
 from trainers.weighting import STRATEGIES, DynamicPriority, TaskReport, WeightStrategy
@@ -225,8 +227,7 @@ class ForensicsTraining(pl.LightningModule):
         # A list hides the manipulators from checkpoints and from the optimizer.
         store = WeightStore()
         self._manipulators = [load_manipulator(name, store) for name in manipulators]
-        asked = conditions or {}
-        self._asked = [asked.get(each.name, list(each.conditions)) for each in self._manipulators]
+        self._asked = conditions_of(self._manipulators, conditions or {})
         self.strategy = _strategy(strategy, alpha, len(manipulators))
 
     @property
@@ -286,7 +287,7 @@ class ForensicsTraining(pl.LightningModule):
         rng = torch.Generator().manual_seed(index)
         message = torch.randint(2, (len(face), self.bits), generator=rng).to(face)
         with torch.autocast(self.device.type, enabled=False):
-            view = (face + (self.encoder(face, message) * 255).trunc() / 255).clamp(0, 1)
+            view = as_saved(face, self.encoder(face, message), self.levels)
             values = self._errors(view, message, "val_bit_error")
             handled = Jpeg().apply(view, quality=75)
             values |= self._errors(handled, message, "val_bit_error_jpeg")

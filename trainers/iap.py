@@ -128,6 +128,7 @@ class IapTraining(DisruptionTraining):
     def training_step(self, batch: dict[str, Tensor], index: int) -> None:
         """One step of the generator."""
         self.descend(self.terms(self.cut(batch)[0]), self.optimizers())
+        self.follow()
 
     def perturbation(self, face: Image) -> Perturbation:
         """The averaged network's answer."""

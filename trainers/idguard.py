@@ -35,8 +35,10 @@ from shields.registry import did_you_mean
 from shields.transforms import parse
 from shields.types import Image, Perturbation
 from shields.weights import WeightStore
+from trainers.ars_targets import conditions_of
 from trainers.averaging import follow
 from trainers.data import batches_done
+from trainers.disruption_measure import as_saved
 from trainers.identity_destruction import DestructionConfig, compare, gain, look
 from trainers.idguard_faces import Photos, cut_faces, photos_of, plain_name, success
 from trainers.parallel import gathered, mean_over_processes
@@ -134,8 +136,7 @@ class IdGuardTraining(pl.LightningModule):
         # A list hides frozen networks from checkpoints and from the optimizer.
         store, cpu = WeightStore(), torch.device("cpu")
         self._manipulators = [load_manipulator(name, store) for name in manipulators]
-        asked = conditions or {}
-        self._asked = [asked.get(each.name, list(each.conditions)) for each in self._manipulators]
+        self._asked = conditions_of(self._manipulators, conditions or {})
         self._watching: list[Recognizer] = [
             load("recognizer", name, store=store, device=cpu) for name in (recognizer, judge)
         ]
@@ -222,6 +223,8 @@ class IdGuardTraining(pl.LightningModule):
             for branch in range(len(views))
         ])  # fmt: skip
         self._step(total)
+        # Here and not in a hook: callbacks may save a checkpoint before the module's hook runs.
+        follow(self.averaged, self.generator, done=self.batches_done + 1, most=self.average)
         self._log(weights, indicators, gains)
 
     def _pull(
@@ -280,10 +283,6 @@ class IdGuardTraining(pl.LightningModule):
             values[f"gain_{name}"] = gains[place]
         self.log_dict(values)
 
-    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
-        """Move the averaged weights; early on they follow faster."""
-        follow(self.averaged, self.generator, done=self.batches_done, most=self.average)
-
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         """Held-out people, whole levels, in float32: success of generator and universal one."""
         whole, side = batch["face"].shape[-1], self.size
@@ -298,7 +297,7 @@ class IdGuardTraining(pl.LightningModule):
             if prior is not None:
                 ways["universal_"] = prior.expand_as(face)
             for way, made in ways.items():
-                protected = (face + (made * 255).trunc() / 255).clamp(0, 1)
+                protected = as_saved(face, made, self.levels)
                 networks = [network.to(self.device) for network in self._manipulators]
                 found = success(networks, self._asked, (face, protected), points, judge)
                 values |= {f"val_{way}{name}": value for name, value in found.items()}

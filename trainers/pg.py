@@ -152,6 +152,7 @@ class PgTraining(DisruptionTraining):
         self.descend(self.critic_terms(face, protected.detach(), rng), optimizers[1], falling=False)
         terms = self.terms(face, protected, labels, target)
         self.descend(terms, optimizers[0])
+        self.follow()
 
     def _learn(
         self, face: Image, labels: Tensor, target: Tensor, optimizers: Any,  # noqa: ANN401

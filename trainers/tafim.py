@@ -13,7 +13,7 @@ Differs:
     Several manipulators share one network and count alike. The paper trains one network each and
     fuses their perturbations by attention, which is left out.
     There is no budget but the penalty; what is measured is cut off at `levels`, as in the paper of
-    ARS. `clipped` cuts off while training, too.
+    ARS. `clipped` cuts off while training, too, and starts the noise inside.
     The network is the U-Net of our ARS, see `shields.models.learned_baselines`; batches are larger
     than the code's single photo; the learning rate falls linearly over the second half, and
     averaged weights are what is kept.
@@ -86,6 +86,8 @@ class TafimTraining(DisruptionTraining):
         self.generator = TafimNetwork(widths, size, levels).to(memory_format=torch.channels_last)
         if size % self.generator.multiple:
             raise ConfigError(f"`size` must be a multiple of {self.generator.multiple}, got {size}")
+        if clipped:  # what starts beyond the cut has no gradient and would stay there for ever
+            self.generator.noise.data.mul_(min(1.0, 2 * levels / 255))
         self.averaged = copy.deepcopy(self.generator).requires_grad_(False)
         self.penalty, self.clipped, self.rate = penalty, clipped, rate
         self.handling = parse(handling) if handling else None
@@ -114,6 +116,7 @@ class TafimTraining(DisruptionTraining):
         """One step of network and noise."""
         face, rng = self.cut(batch)
         self.descend(self.terms(face, rng), self.optimizers())
+        self.follow()
 
     def perturbation(self, face: Image) -> Perturbation:
         """The averaged network's answer."""

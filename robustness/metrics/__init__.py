@@ -160,7 +160,13 @@ class Measure(_Loadable):
         Raises:
             ShieldsError: The images, or what the scene says, do not do.
         """
-        return self._measure(*self._fitted(image, other, scene), scene).float().cpu()
+        values = self._measure(*self._fitted(image, other, scene), scene)
+        if values.shape != (len(image),):
+            raise ImageError(
+                f"{type(self).__name__} must give a number an image, shape ({len(image)},), got "
+                f"{tuple(values.shape)}"
+            )
+        return values.float().cpu()
 
 
 class SetMeasure(_Loadable):

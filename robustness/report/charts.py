@@ -19,7 +19,8 @@ _NUMBER = re.compile(r"(?<=[:=,])\d+(?:\.\d+)?(?=$|[+:,])")
 #: attacks whose first number, and settings that, are the gentler the larger
 _GENTLE = {
     "jpeg", "webp", "avif", "heic", "resize", "cr", "crop", "saturation", "contrast", "quality",
-    "scale", "size", "share",
+    "scale", "size", "share", "side", "blend", "screenshot", "screenshot-desktop",
+    "screenshot-phone", "facebook", "instagram", "x", "whatsapp", "wechat", "weibo", "telegram",
 }  # fmt: skip
 #: pixels of a heat map's cell
 _CELL_WIDTH, _CELL_HEIGHT = 58, 30

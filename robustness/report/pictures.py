@@ -21,6 +21,8 @@ _WEIGHT = 6_000_000
 _SIDE, _QUALITY = 256, 88
 #: handlings shown, and photos
 _HANDLINGS, _PHOTOS = 6, 6
+#: kinds that no seed changes
+_ONCE = ("clean", "protected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +115,14 @@ def load(folder: Path, attacks: Sequence[str], *, weight: int = _WEIGHT) -> Albu
     chosen = _spread([attack for attack in attacks if attack in pictured], _HANDLINGS)
     photos = list(dict.fromkeys(picture.photo for picture in pictures))[:_PHOTOS]
     places = {attack: place for place, attack in enumerate(attacks)}
-    first_seed = min((picture.seed for picture in pictures), default=0)
+    # Clean and protected photos are made once, whatever the seeds.
+    first_seed = min((picture.seed for picture in pictures if picture.kind not in _ONCE), default=0)
     wanted = [
         picture
         for picture in pictures
-        if picture.photo in photos and picture.attack in chosen and picture.seed == first_seed
+        if picture.photo in photos
+        and picture.attack in chosen
+        and (picture.kind in _ONCE or picture.seed == first_seed)
     ]
     wanted.sort(
         key=lambda picture: (photos.index(picture.photo), places.get(picture.attack, len(places)))

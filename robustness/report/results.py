@@ -22,6 +22,8 @@ UNPROTECTED = "none"
 _PAIRS = ("source", "fair", "edits", "handled")
 #: fields of a row that a change is taken within
 _SAMPLE = ("photo", "condition", "seed")
+#: photos from which on an interval is believed
+_FEW = 5
 
 Verdict = Literal["holds", "not shown", "harms", "unknown"]
 _Key = tuple[str, str, str, str]
@@ -248,7 +250,8 @@ class Results:
     def _judge(self, view: View, protector: str, attack: str) -> Verdict:
         higher = self.facts(view.metric).higher
         changes = self.changes(view, protector, attack)
-        if higher is None or len({row.photo for row in changes}) < 2:
+        # An interval from fewer photos covers far less than it says.
+        if higher is None or len({row.photo for row in changes}) < _FEW:
             return "unknown"
         (change,) = summarise(changes, ("metric",))
         if change.n == 0:

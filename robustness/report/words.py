@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from robustness.metrics import PAIRS
 from robustness.report.results import UNPROTECTED, Cell, Results, Verdict, View, direction, handled
 from robustness.report.tables import number
+from shields.errors import ShieldsError
+from shields.protectors import PROTECTORS
 
 __all__ = ["Card", "Finding", "Judgement", "cards", "overall"]
 
-#: fewer photos than this make an interval that promises too much
-_FEW = 5
+#: fewer photos than this make an interval that promises too much: what is called 95 % holds the
+#: mean of normal numbers in 75 % of cases for 4 photos, 86 % for 6, 90 % for 10
+_FEW = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +112,7 @@ def overall(results: Results) -> list[str]:
     sentences.append(_yardstick(results, results.headlines[0]))
     for view in results.headlines:
         sentences += _standing(results, view)
-    sentences += _cautions(results)
-    return sentences
+    return [*sentences, *_insiders(results), *_cautions(results)]
 
 
 def _extent(results: Results) -> str:
@@ -168,6 +172,33 @@ def _standing(results: Results, view: View) -> list[str]:
     if fewest == 0:
         those = "it is not shown to hold" if len(names) == 1 else "none is shown to hold"
     return [first, f"Hardest to withstand: {after}{others}; there {those}."]
+
+
+def _insiders(results: Results) -> list[str]:
+    """Say which protections were made with the networks that forge and judge here."""
+    judge = results.headlines[0].metric.rpartition("@")[0].partition(":")[2].partition(",")[0]
+    here = {judge: "judges", **dict.fromkeys(results.forgers, "forges")}
+    sentences = []
+    for entry in results.run.settings.get("protectors", ()):
+        known = _made_with(entry) & set(here)
+        if known and entry["label"] in results.protectors:
+            named = _listed([f"{name}, which {here[name]} here" for name in sorted(known)])
+            sentences.append(
+                f"{entry['label']} was made against {named}: this says nothing of networks that it "
+                "does not know."
+            )
+    return sentences
+
+
+def _made_with(entry: Mapping[str, Any]) -> set[str]:
+    """Names of the networks of a protector, the method's own where no others are asked for."""
+    defaults: Mapping[str, str] = {}
+    with suppress(ShieldsError):  # of another's making, or gone by now
+        defaults = PROTECTORS[entry["method"]].NETWORKS if entry.get("method") else {}
+    return {
+        name.removeprefix("features:")
+        for name in {**defaults, **entry.get("networks", {})}.values()
+    }
 
 
 def _cautions(results: Results) -> list[str]:
