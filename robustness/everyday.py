@@ -147,10 +147,17 @@ def _title(found: Sequence[Survival]) -> str:
 
 
 def sentences(found: Sequence[Survival]) -> list[str]:
-    """Say in words what survives what, attack by attack."""
+    """Say in words what survives what, attack by attack, and whose judgement it is."""
     saved = {_judge(survival): survival for survival in found if survival.attack == "none"}
     many = len(saved) > 1
-    return [_sentence(survival, saved.get(_judge(survival)), many=many) for survival in found]
+    said = [_sentence(survival, saved.get(_judge(survival)), many=many) for survival in found]
+    judges = dict.fromkeys(survival.recognizer for survival in found)
+    if said:
+        said.append(
+            f"Judged by {' and '.join(judges)}: a protection that was made against the judge looks "
+            "better here than to others; ask one more with --metric fr:NAME@source."
+        )
+    return said
 
 
 def _judge(survival: Survival) -> tuple[str, str, str, str]:
