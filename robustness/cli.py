@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -307,7 +307,8 @@ def _run(
     place = Place(out=folder, weights_dir=weights_dir, device=str(choose_device(device)))
     command = shlex.join(["shields", "attack", *sys.argv[_first(sys.argv) :]])
     try:
-        with _bar(hidden=quiet) as tell:
+        # Ray tells of processes that died on stdout, which is for results.
+        with _bar(hidden=quiet) as tell, redirect_stdout(sys.stderr):
             engine = serial if team is None else on_ray(team)
             done, rows = run_suite(suite, place, command=command, engine=engine, progress=tell)
     except KeyboardInterrupt:

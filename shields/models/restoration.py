@@ -86,7 +86,9 @@ class PerturbationUNet(nn.Module):
         super().__init__()
         self.unet = UNet(3, 3, widths)
         self.multiple = self.unet.multiple
-        _quiet(self.unet.last)
+        # Training begins where nothing is taken for a perturbation.
+        for value in self.unet.last.parameters():
+            nn.init.zeros_(value)
 
     def forward(self, image: Image) -> Image:
         """Predict the perturbation and subtract it."""
