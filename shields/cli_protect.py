@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -313,15 +314,15 @@ def _work(
 ) -> tuple[list[Outcome], bool]:
     """Go through the jobs; on Ctrl-C say where things stand and how to go on."""
     outcomes: list[Outcome] = []
-    talk = not (request.quiet or request.as_json)
-    with _bars(len(jobs), hidden=request.quiet) as bars:
+    # Ray tells of processes that died on stdout, which is for results.
+    with _bars(len(jobs), hidden=request.quiet) as bars, redirect_stdout(sys.stderr):
         try:
             for outcome in _outcomes(batch, jobs, request, workers, bars):
                 outcomes.append(outcome)
                 bars.done()
                 if outcome.status == "failed":
                     fail(f"{outcome.job.source}: {outcome.error}")
-                elif talk and len(jobs) > 1:
+                elif len(jobs) > 1 and not (request.quiet or request.as_json):
                     say(_line(outcome))
         except KeyboardInterrupt:
             pass

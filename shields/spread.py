@@ -27,6 +27,11 @@ __all__ = ["Workers", "spread"]
 _RETRIES = 2
 #: memory for what travels between processes, bytes; it is rows and paths, never images
 _STORE = 2**27
+#: nothing is reported to Ray's makers
+_SILENT = {"RAY_USAGE_STATS_ENABLED": "0"}
+#: a Ray of our own listens on this machine's loopback, to those who have the token of its user;
+#: that a single machine is not a cluster has to be said in these words on Linux, too
+_ALONE = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -196,11 +201,10 @@ def _team(
 
 
 def _ray(address: str | None) -> ModuleType:
-    # Nothing is reported to anybody, unless the environment says so.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is None and "ray" not in sys.modules:
-        # Our own Ray listens to those who have the token in this user's home, and to nobody else.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Read when Ray is imported, so what the environment or an earlier import says stands.
+    if "ray" not in sys.modules:
+        for name, value in {**_SILENT, **(_ALONE if address is None else {})}.items():
+            os.environ.setdefault(name, value)
     try:
         import ray
     except ModuleNotFoundError as error:
