@@ -302,11 +302,9 @@ def _outcomes(
     batch: Batch, jobs: Sequence[Job], request: Request, workers: Workers | None, bars: _Bars
 ) -> Iterator[Outcome]:
     """One photo after another, here or elsewhere."""
-    if workers is not None:
-        yield from process_all(partial(_batch, request, jobs), jobs, workers)
-        return
-    for job in jobs:
-        yield batch.process(job, bars.photo(job.source))
+    if workers is None:
+        return (batch.process(job, bars.photo(job.source)) for job in jobs)
+    return process_all(partial(_batch, request, jobs), jobs, workers)
 
 
 def _work(

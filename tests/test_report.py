@@ -301,7 +301,7 @@ def test_the_words_say_who_was_made_with_the_judge() -> None:
     ]  # fmt: skip
     run = reporting.run(settings={"protectors": entries})
     said = " ".join(overall(Results(run, reporting.rows())))
-    both = "mobilefacenet, which judges here and portrait-ae, which forges here"
+    both = "mobilefacenet, which judges here, and portrait-ae, which forges here"
     assert f"FaceLock 8 was made against {both}: " in said
     assert "ID-Guard was made against portrait-ae, which forges here: " in said
     assert said.count("was made against") == 2

@@ -182,7 +182,7 @@ def _insiders(results: Results) -> list[str]:
     for entry in results.run.settings.get("protectors", ()):
         known = _made_with(entry) & set(here)
         if known and entry["label"] in results.protectors:
-            named = _listed([f"{name}, which {here[name]} here" for name in sorted(known)])
+            named = ", and ".join(f"{name}, which {here[name]} here" for name in sorted(known))
             sentences.append(
                 f"{entry['label']} was made against {named}: this says nothing of networks that it "
                 "does not know."
