@@ -194,7 +194,8 @@ def _team(
         try:
             yield team
         finally:
-            team.stop()
+            if not ours:
+                team.stop()
     finally:
         if ours:
             ray.shutdown()
