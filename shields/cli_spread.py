@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,7 +69,7 @@ def workers_of(
     """Who works things off besides this process; None where it does so itself.
 
     Raises:
-        ConfigError: There are no such workers, or an option goes with another engine.
+        ConfigError: There are no such workers or cluster, or an option goes with another engine.
         DeviceError: There is no such device.
     """
     from shields.shield import choose_device
@@ -82,4 +83,19 @@ def workers_of(
         return None
     if gpus is None:
         gpus = float(choose_device(device).type == "cuda")
+    if address is not None:
+        _check_answer(address)
     return Workers(count=count, gpus=gpus, address=address)
+
+
+def _check_answer(address: str) -> None:
+    """Find out at once what Ray would find out after minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():  # "auto", or what Ray refuses by itself
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"nothing answers at --ray-address {address} ({error}); start it by `ray start --head`"
+        ) from error

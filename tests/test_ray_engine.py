@@ -210,6 +210,7 @@ def test_an_engine_that_is_not_installed_is_one_line(tmp_path, store, monkeypatc
         (["--gpus-per-worker", "0.5"], "--gpus-per-worker is for --engine ray"),
         (["--ray-address", "auto"], "--ray-address is for --engine ray"),
         (["--engine", "ray", "--workers", "0"], "at least one worker"),
+        (["--engine", "ray", "--ray-address", "127.0.0.1:1"], "nothing answers at"),
         (["--engine", "ray", "--gpus-per-worker", "1.5"], "a share of one as in 0.25"),
         (["--engine", "ray", "--gpus-per-worker", "-1"], "a share of one as in 0.25"),
     ],
