@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import secrets
 from pathlib import Path
 
 from shields.errors import OutputError
+from shields.files import aside
 
 __all__ = ["write_whole"]
 
@@ -17,13 +16,8 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OutputError: The place cannot be written.
     """
-    part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        part.replace(path)
+        with aside(path) as part:
+            part.write_bytes(content)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # a folder that is none cannot be looked into
-            part.unlink(missing_ok=True)

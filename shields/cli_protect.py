@@ -28,6 +28,7 @@ from shields.batch import Batch, Outcome, Writing, made_from, process_all
 from shields.cli_common import fail, out, plain, progress_console, say, store_at, warn, write_json
 from shields.cli_verify import lpips, rows, table
 from shields.errors import ConfigError, OutputError
+from shields.files import aside
 from shields.folders import Job, check_writable, plan
 from shields.photo import WRITABLE
 from shields.protectors import PROTECTORS
@@ -288,14 +289,11 @@ def _check_places(request: Request, jobs: Sequence[Job]) -> None:
 
 
 def _write_report(path: Path, document: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(json.dumps(document, indent=2, allow_nan=False), encoding="utf-8")
-        part.replace(path)
+        with aside(path) as part:
+            part.write_text(json.dumps(document, indent=2, allow_nan=False), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _outcomes(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-import secrets
 import struct
 import threading
 import warnings
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from shields.budget import Budget
 from shields.errors import ConfigError, ImageError, OutputError, ShieldsError
+from shields.files import aside
 from shields.registry import Registry
 from shields.types import Mask, Perturbation, Photo
 
@@ -338,20 +338,16 @@ def _check_place(path: Path, original: Path | None) -> None:
 
 
 def _save(image: Image.Image, path: Path, original: Path | None, options: dict[str, Any]) -> None:
-    """Write beside the destination, then rename: nobody ever sees half a file."""
-    part = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(4)}.part")
+    """Write whole, and onto the disk before the name is there."""
     try:
         _check_place(path, original)
-        with part.open("xb") as file:
+        with aside(path) as part, part.open("xb") as file:
             image.save(file, **options)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
     except (OSError, ValueError, struct.error) as error:
         reason = getattr(error, "strerror", None) or _reason(error)
         raise OutputError(f"{path} cannot be written: {reason}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def quantize(

@@ -25,7 +25,7 @@ HEAVY = (
 )  # fmt: skip
 #: the core from bottom to top; a module may import those of its own and of lower layers
 LAYERS = (
-    {"errors", "registry"},
+    {"errors", "files", "registry"},
     {"card"},
     {"types"},
     {"budget"},

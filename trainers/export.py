@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shields.errors import OutputError
+from shields.files import aside
 from shields.provenance import hardware, revision
 
 __all__ = ["Recipe", "export", "export_checkpoint"]
@@ -74,13 +75,10 @@ def export(
         name: (value.half() if value.is_floating_point() else value).contiguous().cpu()
         for name, value in state.items()
     }
-    aside = weights.with_suffix(".part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(half, aside)
-        aside.replace(weights)
+        with aside(weights) as part:
+            save_file(half, part)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise OutputError(f"cannot write {weights}: {error}") from error
     fields = {
         "name": recipe.name,
@@ -110,10 +108,9 @@ def export(
         lines += ["", f"[{title}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
     card = folder / f"{recipe.name}.toml"
     try:
-        aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        aside.replace(card)
+        with aside(card) as part:
+            part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise OutputError(f"cannot write {card}: {error}") from error
     return card
 

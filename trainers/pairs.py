@@ -17,6 +17,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 
 from shields.errors import ImageError, OutputError, ShieldsError
+from shields.files import aside
 from shields.photo import READABLE, read
 from trainers.pack import PackReport
 
@@ -110,12 +111,8 @@ def _square(clean: Path, protected: Path | None, size: int) -> np.ndarray:
 
 
 def _write(tensors: dict[str, torch.Tensor], metadata: dict[str, str], output: Path) -> None:
-    """Write aside and move into place, so that no half a pack is ever left."""
-    aside = output.with_name(f"{output.name}.part")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside, metadata=metadata)
-        aside.replace(output)
+        with aside(output) as part:
+            save_file(tensors, part, metadata=metadata)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise OutputError(f"cannot write {output}: {error}") from error

@@ -10,6 +10,7 @@ from PIL import Image as PILImage
 from safetensors import safe_open
 
 from shields.errors import ConfigError, OutputError
+from shields.files import aside
 from trainers.data import FacePack, middle
 from trainers.scheme import resized
 
@@ -56,9 +57,8 @@ def write_people(
             if not path.exists():
                 cut = middle(faces[item]["face"][None], share)[0].float() / 255
                 levels = (resized(cut, size)[0].clamp(0, 1) * 255).round().to(torch.uint8)
-                part = path.with_suffix(".part")
-                PILImage.fromarray(levels.permute(1, 2, 0).numpy()).save(part, "PNG")
-                part.replace(path)
+                with aside(path) as part:
+                    PILImage.fromarray(levels.permute(1, 2, 0).numpy()).save(part, "PNG")
             written.append(path)
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {error}") from error

@@ -18,6 +18,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from shields.errors import ConfigError, OutputError
+from shields.files import aside
 from shields.registry import Registry
 from trainers.data import batches_done
 from trainers.sheets import boards
@@ -141,11 +142,8 @@ def draw_history(history: History) -> PILImage.Image:
 
 
 def _write(picture: PILImage.Image, path: Path) -> None:
-    """Write aside and rename: nobody sees half a picture."""
-    part = path.with_suffix(".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(part, format="PNG")
-        part.replace(path)
+        with aside(path) as part:
+            picture.save(part, format="PNG")
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error}") from error

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
 from shields.errors import ConfigError, OutputError, WeightsError
+from shields.files import aside
 from shields.models import architecture
 
 if TYPE_CHECKING:
@@ -44,15 +43,9 @@ def convert(card: Card, source: Path, target: Path) -> Path:
         raise WeightsError(f"there is no file {source}")
     state = _state(card, source)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=target.parent, suffix=".part")
-        os.close(descriptor)
-        try:
-            save_file({key: value.contiguous() for key, value in state.items()}, name)
-            Path(name).chmod(0o644)  # a temporary file is its owner's alone
-            Path(name).replace(target)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        with aside(target) as part:
+            save_file({key: value.contiguous() for key, value in state.items()}, part)
+            part.chmod(0o644)  # safetensors makes it its owner's alone
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error}") from error
     return target
